@@ -1,0 +1,25 @@
+"""fastconv: fused convolution, batch-norm, pooling and cross-entropy kernels for PyTorch.
+
+    model = fastconv.fuse(model)                                     # any CNN that torch.fx can trace, one line
+    step = fastconv.TrainStep(model, fnn.CrossEntropyLoss(), opt)    # forward, backward, optimizer as one call
+
+``fastconv.functional`` (FF) has the operators, ``fastconv.nn`` (fnn) the layers, ``python -m fastconv info`` tells what
+runs here.
+"""
+
+from . import functional, nn
+from ._version import __version__
+from .fuse import fuse, fusion_report
+from .ops import backends, use_backend
+from .train import TrainStep
+
+__all__ = [
+    "TrainStep",
+    "__version__",
+    "backends",
+    "functional",
+    "fuse",
+    "fusion_report",
+    "nn",
+    "use_backend",
+]

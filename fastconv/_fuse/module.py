@@ -1,0 +1,173 @@
+"""The fused container: the stock module's class, attributes and children, with a rewritten forward."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .analysis import Analysis, children
+from .plan import CHANNELS_LAST, Plan, Planner
+from .trace import base_class
+
+_classes: dict[type, type] = {}
+
+
+class FusedMixin:
+    """First base of every fused class; the second, ``_fastconv_base``, is the stock class.
+
+    The plan is dropped when an attribute or a submodule is assigned, since the traced forward may depend on it, and
+    derived again at the next call.
+    """
+
+    _fastconv_base: type
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training" and self.__dict__.get(name, _classes) is not value:
+            known = self.__dict__.get("_parameters") or {}
+            if not isinstance(value, nn.Parameter) or known.get(name) is None:
+                self._drop_plan()
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._drop_plan()
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._drop_plan()
+        super().add_module(name, module)
+
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        self._drop_plan()
+        super().register_module(name, module)
+
+    def _drop_plan(self) -> None:
+        # A replica of nn.DataParallel gets its tensors by assignment, at every call and in a thread of its own.
+        if not self.__dict__.get("_is_replica"):
+            self.__dict__["_fastconv_plan"] = None
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_fastconv_plan"] = self.__dict__.get("_fastconv_plan")
+        return replica
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.__dict__.get("_fastconv_plan") is None:
+            refresh(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):
+            # The fused class cannot be imported by name: it is made from the stock class again.
+            return (_rebuild, (self._fastconv_base,), *reduced[2:])
+        return reduced
+
+
+def _rebuild(base: type) -> nn.Module:
+    return object.__new__(fused_class(base))
+
+
+def refresh(module: nn.Module) -> Plan:
+    """Derives the container's plan from its present state."""
+    memory_format = CHANNELS_LAST
+    if module.__dict__.get("_fastconv_layout") == "preserve":
+        memory_format = torch.preserve_format
+    planner = Planner(Analysis(module), memory_format)
+    for child in module.modules():
+        if isinstance(child, FusedMixin) and child is not module:
+            planner.planned.add(id(child))
+    plan = planner.plan(module)
+    module.__dict__["_fastconv_plan"] = plan
+    return plan
+
+
+def fused_class(base: type) -> type:
+    """The subclass of ``base`` that runs plans; one for each base, so that type(a) is type(b) stays true."""
+    if base not in _classes:
+
+        @functools.wraps(base.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if _has_global_hooks():
+                return base.forward(self, *args, **kwargs)  # they want to see every module called
+            plan = self.__dict__.get("_fastconv_plan")
+            if plan is None or plan.outdated(self):
+                if torch.compiler.is_compiling():
+                    return base.forward(self, *args, **kwargs)  # no tracer inside another
+                plan = refresh(self)
+            if kwargs and kwargs.keys() == set(plan.names[len(args) :]):
+                args, kwargs = (*args, *(kwargs[name] for name in plan.names[len(args) :])), {}
+            run = None if kwargs else plan.select(self, args)
+            return base.forward(self, *args, **kwargs) if run is None else run(self, *args)
+
+        def fill(namespace: dict[str, Any]) -> None:
+            namespace.update(forward=forward, _fastconv_base=base, __module__="fastconv.fuse", __doc__=base.__doc__)
+
+        _classes[base] = types.new_class(f"Fused{base.__name__}", (FusedMixin, base), {}, fill)
+    return _classes[base]
+
+
+def _has_global_hooks() -> bool:
+    m = torch.nn.modules.module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
+
+
+def install(module: nn.Module, plan: Plan) -> None:
+    """Makes a module run the plan; it stays the same object, with the same attributes."""
+    if not isinstance(module, FusedMixin):
+        module.__class__ = fused_class(base_class(module))
+    module.__dict__["_fastconv_plan"] = plan
+    module.__dict__["_fastconv_layout"] = "channels_last" if plan.memory_format == CHANNELS_LAST else "preserve"
+
+
+def shallow_clone(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    """A module of the same class with children of its own choice.
+
+    Parameters and buffers are shared down to the dictionaries that hold them, so that .to() on either is seen by both;
+    hooks are copied, so that one registered later on the copy is the copy's alone.
+    """
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__["_modules"] = {**module._modules, **replaced}
+    for key, value in module.__dict__.items():
+        if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+            clone.__dict__[key] = value.copy()
+    return clone
+
+
+class Rebuilder:
+    """The model with planned containers fused: in place, or as a copy that shares every leaf."""
+
+    def __init__(self, plans: dict[int, Plan], inplace: bool) -> None:
+        self.plans, self.inplace = plans, inplace
+        self.done: dict[int, nn.Module] = {}
+
+    def rebuild(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self.done:
+            self.done[id(module)] = module  # for modules that contain themselves
+            self.done[id(module)] = self._rebuild(module)
+        return self.done[id(module)]
+
+    def _rebuild(self, module: nn.Module) -> nn.Module:
+        fresh = {name: self.rebuild(child) for name, child in children(module)}
+        replaced = {name: child for name, child in fresh.items() if child is not module._modules[name]}
+        plan = self.plans.get(id(module))
+        if plan is not None and plan.same_as(module.__dict__.get("_fastconv_plan")):
+            plan = None
+        if plan is None and not replaced:
+            return module
+        if not self.inplace:
+            module = shallow_clone(module, replaced)
+        if plan is not None:
+            install(module, plan)
+        return module

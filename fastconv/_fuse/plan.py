@@ -1,0 +1,182 @@
+"""What a fused container runs: its graphs, rewritten and compiled.
+
+A plan names its members by path and holds no module, so one plan serves every copy of the container.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .analysis import Analysis, children, has_forward
+from .patterns import Match
+from .rewrite import Rewriter
+from .trace import base_class
+
+CHANNELS_LAST = torch.channels_last
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that run as one operator.
+
+    container: name of the module whose forward calls them ("" for the model itself). members: the layers' full names,
+    in order; functional calls have none. pattern: "conv+bn+relu", "conv+bn+add+relu", "bn+relu", "max_pool2d", ...
+    modes: "train", "eval" or both.
+    """
+
+    container: str
+    members: tuple[str, ...]
+    pattern: str
+    modes: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Plan:
+    """Compiled forwards by (kind of input, training), and what they were derived from.
+
+    Empty ``functions``: the stock forward runs. ``watch``: the submodules by container path that the graph was unrolled
+    over. ``flags``: paths of modules whose code is inlined in graphs that depend on the mode.
+    """
+
+    names: list[str] = field(default_factory=list)
+    functions: dict[tuple[str, bool], Callable[..., Any]] = field(default_factory=dict)
+    sources: tuple[Any, ...] = ()
+    probed: frozenset[int] = frozenset()
+    watch: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    flags: tuple[str, ...] = ()
+    groups: list[Group] = field(default_factory=list)
+    convs: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    reason: str = ""
+    views: bool = False
+    memory_format: torch.memory_format = CHANNELS_LAST
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_plan, ()  # compiled code does not travel: it is derived anew where it arrives
+
+    def same_as(self, other: Plan | None) -> bool:
+        return other is not None and (self.sources, self.memory_format) == (other.sources, other.memory_format)
+
+    def outdated(self, owner: nn.Module) -> bool:
+        """Whether submodules were added, removed or renamed since."""
+        for path, names in self.watch:
+            module = owner
+            for name in path.split(".") if path else ():
+                module = module._modules.get(name)
+                if module is None:
+                    return True
+            if tuple(module._modules) != names:
+                return True
+        return False
+
+    def select(self, owner: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The compiled forward for this call, or None where the graph was not traced for such arguments."""
+        if len(args) != len(self.names):
+            return None
+        if any(value is None for value in args):
+            return None  # forward may test for it, and the trace has taken the other branch
+        kind = "tensor"
+        if not all(isinstance(args[i], Tensor) for i in self.probed):
+            kind = "list" if all(isinstance(args[i], list) for i in self.probed) else ""
+        for path in self.flags:
+            if owner.get_submodule(path).training != owner.training:
+                return None
+        return self.functions.get((kind, owner.training))
+
+
+def _no_plan() -> None:
+    return None
+
+
+class Planner:
+    """Makes the plans of a model's modules; children have to be planned before their parents."""
+
+    def __init__(self, analysis: Analysis, memory_format: torch.memory_format) -> None:
+        self.analysis = analysis
+        self.memory_format = memory_format
+        self.nhwc = memory_format == CHANNELS_LAST
+        self.planned: set[int] = set()
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def plan(self, module: nn.Module) -> Plan:
+        """The module's plan; without functions where nothing is to be rewritten."""
+        if not has_forward(module):
+            return Plan(memory_format=self.memory_format)
+        traces = self.analysis.traces(module)
+        plan = Plan(
+            traces.names, probed=traces.probed, reason=traces.reason, memory_format=self.memory_format,
+            watch=(("", tuple(module._modules)),),
+        )  # fmt: skip
+        sources, compiled, rewritten = [], {}, False
+        for (kind, training), graph in traces.graphs.items():
+            flow = self.analysis.flow(module, graph)
+            matches, left = self.analysis.matches(module, graph, flow)
+            self._note(plan, matches, left, kind, "train" if training else "eval")
+            rewriter = Rewriter(self.analysis, module, graph, flow, matches, kind)
+            rewritten |= rewriter.run(self.nhwc, self.planned)
+            plan.views |= any(n.op == "call_method" and n.target in ("view", "view_as") for n in graph.nodes)
+            code = rewriter.graph.python_code("self")
+            key = (code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items())))
+            compiled[kind, training] = (key, code)
+            sources.append((kind, training, code.src))
+        plan.sources = tuple(sources)
+        if rewritten:
+            plan.functions = {k: self._compile(module, *v) for k, v in compiled.items()}
+            self._watch(plan, module, traces.graphs)
+            self.planned.add(id(module))
+        return plan
+
+    def _note(self, plan: Plan, matches: list[Match], left: list[tuple[str, str]], kind: str, mode: str) -> None:
+        for match in matches:
+            members = tuple(match.members)
+            if match.conv and match.conv not in plan.convs:
+                plan.convs.append(match.conv)
+            same = [g for g in plan.groups if (g.members, g.pattern) == (members, match.pattern)]
+            seen = [g for g in same if mode not in g.modes]
+            if same and kind == "list":
+                continue  # the graph for lists has the groups of the one for tensors
+            if seen:
+                plan.groups[plan.groups.index(seen[0])] = Group("", members, match.pattern, (*seen[0].modes, mode))
+            else:
+                plan.groups.append(Group("", members, match.pattern, (mode,)))
+        plan.left += [entry for entry in left if entry not in plan.left]
+
+    def _watch(self, plan: Plan, module: nn.Module, graphs: dict[Any, fx.Graph]) -> None:
+        called = {n.target for g in graphs.values() for n in g.nodes if n.op == "call_module"}
+        prefixes = {".".join(t.split(".")[:i]) for t in called for i in range(1, t.count(".") + 1)}
+        inlined = []
+
+        def visit(prefix: str, parent: nn.Module) -> None:
+            for name, child in children(parent):
+                path = prefix + name
+                if path in called:
+                    continue
+                inlined.append(path)
+                if path in prefixes or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    plan.watch += ((path, tuple(child._modules)),)
+                    visit(path + ".", child)
+
+        visit("", module)
+        by_mode = {kind: plan.functions[kind, True] is not plan.functions[kind, False] for kind, _ in plan.functions}
+        plan.flags = tuple(inlined) if any(by_mode.values()) else ()
+
+    def _compile(self, module: nn.Module, key: Any, code: Any) -> Callable[..., Any]:
+        if key not in self._compiled:
+            name = f"<fastconv.fuse {base_class(module).__name__} {next(_serial)}>"
+            scope = dict(code.globals)
+            exec(compile(code.src, name, "exec"), scope)
+            # Tracebacks and debuggers show the generated lines.
+            linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
+            self._compiled[key] = scope["forward"]
+        return self._compiled[key]

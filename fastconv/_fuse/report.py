@@ -1,0 +1,149 @@
+"""What fuse() did to a model: an 80-column table, or JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
+
+from .analysis import Analysis, opaque
+from .module import FusedMixin, refresh
+from .plan import CHANNELS_LAST, Group, Plan, Planner
+from .runtime import POOL_MODULES
+
+CANDIDATES = (_ConvNd, _NormBase, _AvgPoolNd, _MaxPoolNd, _AdaptiveAvgPoolNd)
+WIDTH = 80
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else "..." + text[3 - width :]
+
+
+@dataclass
+class FusionReport:
+    """The groups of a model that run as one operator each, and what was left to stock PyTorch.
+
+    fused: number of groups. groups: list of :class:`Group`. left: (module name, reason) of every convolution, batch
+    norm and pool in no group, and of every container that could not be rewritten.
+    """
+
+    model: str
+    groups: list[Group] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    layers: int = 0  # convolutions, batch norms and pools in the model
+    layers_fused: int = 0
+
+    @property
+    def fused(self) -> int:
+        return len(self.groups)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as a JSON object: model, fused, layers, layers_fused, patterns, groups, left."""
+        body = {
+            "model": self.model, "fused": self.fused, "layers": self.layers, "layers_fused": self.layers_fused,
+            "patterns": self.patterns(), "groups": [asdict(g) for g in self.groups],
+            "left": [{"name": name, "reason": reason} for name, reason in self.left],
+        }  # fmt: skip
+        return json.dumps(body, indent=indent)
+
+    def patterns(self) -> dict[str, int]:
+        """Number of groups by pattern, most frequent first."""
+        counts: dict[str, int] = {}
+        for group in self.groups:
+            counts[group.pattern] = counts.get(group.pattern, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def __str__(self) -> str:
+        rule = "-" * WIDTH
+        lines = [
+            f"{self.model}: {self.fused} groups, {self.layers_fused} of {self.layers} layers fused, "
+            f"{len(self.left)} left",
+            rule,
+            f"{'container':<22} {'pattern':<20} modules",
+            rule,
+        ]
+        for g in self.groups:
+            prefix = f"{g.container}." if g.container else ""
+            members = " ".join(m.removeprefix(prefix) for m in g.members) or "(function)"
+            if len(g.modes) == 1:
+                members += f" ({g.modes[0]} only)"
+            lines.append(f"{_cut(g.container or '(model)', 22):<22} {g.pattern:<20} {members}"[:WIDTH])
+        if self.left:
+            lines += [rule, f"{'left':<30} why", rule]
+            for name, reason in self.left:
+                first, *rest = _wrap(reason, WIDTH - 31)
+                lines.append(f"{_cut(name or '(model)', 30):<30} {first}")
+                lines += [" " * 31 + text for text in rest]
+        lines += [rule, "total: " + (", ".join(f"{n} {p}" for p, n in self.patterns().items()) or "nothing fused")]
+        return "\n".join(line for text in lines for line in _wrap(text, WIDTH))
+
+    __repr__ = __str__
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most ``width``, broken at spaces; text that fits is kept as it is, spaces and all."""
+    lines = []
+    while len(text) > width:
+        at = text.rfind(" ", 1, width + 1)
+        at = at if at > 0 else width
+        lines.append(text[:at])
+        text = text[at:].lstrip()
+    return [*lines, text]
+
+
+def report(model: nn.Module) -> FusionReport:
+    analysis = Analysis(model)
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(id(module), name)
+    result = FusionReport(getattr(type(model), "_fastconv_base", type(model)).__name__)
+    reasons: dict[int, str] = {}
+    fused: set[int] = set()
+    planner = Planner(analysis, CHANNELS_LAST)
+    failed = []
+    for module in sorted(analysis.order, key=lambda m: list(names).index(id(m))):
+        mine = isinstance(module, FusedMixin)
+        plan: Plan = (module.__dict__.get("_fastconv_plan") or refresh(module)) if mine else planner.plan(module)
+        prefix = f"{names[id(module)]}." if names[id(module)] else ""
+        below = analysis.paths(module)
+        if mine:
+            for group in plan.groups:
+                members = tuple(prefix + m for m in group.members)
+                result.groups.append(Group(names[id(module)], members, group.pattern, group.modes))
+                fused.update(id(below[m]) for m in group.members)
+        else:
+            for group in plan.groups:
+                for member in group.members:
+                    reasons.setdefault(id(below[member]), "not fused: fuse() was not called on it")
+        for path, reason in plan.left:
+            reasons.setdefault(id(below[path]), reason)
+        sealed = opaque(module)
+        reason = plan.reason or sealed
+        holds = any(isinstance(m, CANDIDATES) for m in module.modules()) or sealed.startswith("is a")
+        if reason and holds and not isinstance(module, CANDIDATES):
+            failed.append((module, reason))
+    for module in analysis.order:
+        if isinstance(module, CANDIDATES):
+            reason = opaque(module)
+            if reason:
+                reasons[id(module)] = reason
+    candidates = [(n, m) for n, m in model.named_modules() if isinstance(m, CANDIDATES)]
+    inside = {
+        id(m): f"inside {names[id(c)] or 'the model'}, which was left: {r}"
+        for c, r in reversed(failed)
+        for m in c.modules()
+    }
+    result.layers = len(candidates)
+    result.layers_fused = sum(id(m) in fused for _, m in candidates)
+    result.left = [(names[id(c)], r) for c, r in failed]
+    for name, module in candidates:
+        if id(module) not in fused:
+            default = inside.get(id(module), "not called by any forward that could be traced")
+            if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, *POOL_MODULES)):
+                default = f"is a {type(module).__name__}, which fuse() has no group for"
+            result.left.append((name, reasons.get(id(module), default)))
+    return result

@@ -1,0 +1,92 @@
+"""fuse(model): a stock PyTorch CNN with its groups of layers run as fused operators.
+
+    model = fastconv.fuse(torchvision.models.resnet50())
+    print(fastconv.fusion_report(model))
+
+Every module's forward is traced with torch.fx on its own (its children are leaves), groups such as convolution + batch
+norm + addition + activation are replaced by one call of :mod:`fastconv.functional`, and the module runs the rewritten
+forward from then on. A module that cannot be traced keeps its forward; those below it are handled all the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ._fuse.analysis import Analysis
+from ._fuse.module import Rebuilder
+from ._fuse.plan import CHANNELS_LAST, Group, Plan, Planner
+from ._fuse.report import FusionReport, report
+
+__all__ = ["FusionReport", "Group", "fuse", "fusion_report"]
+
+
+def fuse(
+    model: nn.Module, inplace: bool = False, *, memory_format: torch.memory_format = torch.channels_last
+) -> nn.Module:
+    """The model with groups of layers run as fused operators.
+
+    The result has the model's structure: the same module names, the same Conv2d and BatchNorm2d objects, the same
+    Parameters and buffers, the same state_dict keys. Containers become instances of a subclass of their class; they can
+    be called alone, indexed and hooked. Weights, modes, flags, hooks and replaced modules take effect at the next call:
+    a group whose members are no longer plain layers runs them one by one.
+
+    model: any module. Layers in no group, modules that torch.fx cannot trace, scripted, quantised and parametrised ones
+    are left as they are; :func:`fusion_report` names them with the reason.
+
+    inplace: False returns a model of its own whose containers are copies and whose layers, parameters and buffers are
+    shared with ``model`` (containers with nothing to fuse below them are shared too; a model with nothing to fuse is
+    returned itself). True changes the containers of ``model`` and returns it.
+
+    memory_format: torch.channels_last runs 4-d tensors in channels_last from the outermost fused module on, whose
+    results have the layout of its input, and keeps the weights of fused convolutions in channels_last.
+    torch.preserve_format leaves layouts alone. With inplace=False the weights, which ``model`` shares, stay as they
+    are where some forward calls view() or could not be read: view() fails on the channels_last results that stock
+    PyTorch makes of such weights. inplace=True, or model.to(memory_format=torch.channels_last), converts them.
+
+    Raises TypeError if model is no module, ValueError on another memory_format.
+
+    >>> model = fastconv.fuse(torchvision.models.resnet18())
+    >>> loss = model(images).sum()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model expected torch.nn.Module, got {type(model).__name__}")
+    if memory_format not in (torch.channels_last, torch.preserve_format):
+        raise ValueError(
+            f"fuse: memory_format expected torch.channels_last or torch.preserve_format, got {memory_format}"
+        )
+    analysis = Analysis(model)
+    planner = Planner(analysis, memory_format)
+    plans = {id(module): planner.plan(module) for module in analysis.order}
+    if not any(plan.groups for plan in plans.values()):
+        return model
+    if memory_format == CHANNELS_LAST and (inplace or _twin_is_safe(plans)):
+        _convert_weights(analysis, plans)
+    return Rebuilder({key: plan for key, plan in plans.items() if plan.functions}, inplace).rebuild(model)
+
+
+def _twin_is_safe(plans: dict[int, Plan]) -> bool:
+    """Whether the stock model, which shares the weights, works on the channels_last results that they would give it."""
+    return not any(plan.views or plan.reason for plan in plans.values())
+
+
+def _convert_weights(analysis: Analysis, plans: dict[int, Plan]) -> None:
+    """Fused convolutions' weights to channels_last, as Module.to(memory_format=) does; the Parameters stay the same."""
+    for module in analysis.order:
+        for path in plans[id(module)].convs:
+            weight = analysis.paths(module)[path].weight
+            if weight.dim() == 4:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Which layers of the model run fused, and which were left and why.
+
+    ``.fused`` is the number of groups, ``.groups`` lists them, ``.left`` lists (name, reason); str() gives a table of
+    80 columns and ``.to_json()`` the same as JSON. For a model that fuse() was not called on, everything is left.
+
+    Raises TypeError if model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fusion_report: model expected torch.nn.Module, got {type(model).__name__}")
+    return report(model)

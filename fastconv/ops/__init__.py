@@ -1,0 +1,6 @@
+"""The operators behind fastconv.functional: backend choice, the stock compositions, the fake implementations."""
+
+from . import aten, fake
+from .registry import backends, current_backend, impl, select, use_backend
+
+__all__ = ["aten", "backends", "current_backend", "fake", "impl", "select", "use_backend"]

@@ -1,0 +1,182 @@
+"""Which backend runs a call.
+
+A backend is a name, an answer to "can it run this call?" (a reason where it cannot) and, for all but ``aten``, one
+callable per raw operator with the signature of ``torch.ops.fastconv.<op>``. ``cpu`` and ``cuda`` are the compiled
+kernels; PyTorch's dispatcher tells them apart by the tensors' device. ``aten`` is stock PyTorch with its own autograd
+and can run everything.
+
+``auto`` takes the first backend of ``_PREFERENCE`` that can run the call; a fallback to ``aten`` is logged once per
+operator and reason (logger "fastconv", level INFO).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _ext, triton
+from .fake import OPERATORS
+
+log = logging.getLogger("fastconv")
+
+NAMES = ("cuda", "triton", "cpu", "aten")
+# By device type; the compiled kernels first, for want of measurements: they are the ones with fused epilogues.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_DTYPES = {"cpu": _CUDA_DTYPES | {torch.float64}, "cuda": _CUDA_DTYPES}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used in this process, and the reason in words."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def _kernels(key: str) -> frozenset[str]:
+    """The raw operators that have a kernel for the dispatch key "CPU" or "CUDA" in this build."""
+    if not _ext.HAS_EXT:
+        return frozenset()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in OPERATORS if has(f"fastconv::{op}", key))
+
+
+# Read once: a set look-up can be traced by torch.compile, a question to the dispatcher cannot.
+_COMPILED = {"cpu": _kernels("CPU"), "cuda": _kernels("CUDA")}
+
+
+def _ask(name: str) -> Availability:
+    if name == "aten":
+        return Availability(True, f"stock PyTorch {torch.__version__}")
+    if name == "triton":
+        return Availability(*triton.available())
+    if not _ext.HAS_EXT:
+        return Availability(False, _ext.EXT_REASON)
+    built = _ext.build_info()
+    if name == "cpu":
+        return Availability(True, f"C++ kernels, {built['cpu_isa']}")
+    if built["cuda_reason"]:
+        return Availability(False, f"built without CUDA kernels: {built['cuda_reason']}")
+    if not torch.cuda.is_available():
+        return Availability(False, "compiled in, but torch sees no CUDA device")
+    return Availability(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
+
+
+# The answers for the GPU backends are asked for at the first use: they import Triton and start CUDA in this process.
+_known = {name: _ask(name) for name in ("cpu", "aten")}
+
+
+def _availability(name: str) -> Availability:
+    if name not in _known:
+        _known[name] = _ask(name)
+    return _known[name]
+
+
+_choice = "auto"
+_told: set[tuple[str, str]] = set()
+
+
+def backends() -> dict[str, Availability]:
+    """Every backend's availability in this process: ``{"cpu": Availability(available=True, reason="..."), ...}``."""
+    return {name: _availability(name) for name in NAMES}
+
+
+def current_backend() -> str:
+    """The name given to :func:`use_backend` last; "auto" at the start."""
+    return _choice
+
+
+class use_backend:  # noqa: N801  (named like torch.set_grad_enabled: a function that is a context manager too)
+    """Chooses the backend of every fastconv call of this process: "auto", "cuda", "triton", "cpu" or "aten".
+
+    Takes effect at once; as a context manager the former choice comes back at the end. With an explicit name a call
+    that this backend cannot run raises RuntimeError and says why, where "auto" falls back to "aten".
+
+    Raises ValueError for an unknown name, RuntimeError where the backend is not available here.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _choice
+        if name != "auto" and name not in NAMES:
+            raise ValueError(f"use_backend: name expected one of auto, {', '.join(NAMES)}; got {name!r}")
+        if name != "auto" and not _availability(name):
+            raise RuntimeError(f"use_backend: backend {name!r} is not available: {_availability(name).reason}")
+        self._before, _choice = _choice, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc) -> None:
+        global _choice
+        _choice = self._before
+
+
+def _compiled_cannot_run(device: str, op: str, tensors: tuple[Tensor | None, ...]) -> str:
+    if op not in _COMPILED[device]:
+        return f"this build has no {device} kernel of {op}"
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != device:
+            return f"a tensor is on {t.device.type}"
+        if t.is_floating_point() and t.dtype not in _DTYPES[device]:
+            return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported"
+        if t.layout is not torch.strided:
+            return f"layout {t.layout} is not supported"
+    return ""
+
+
+def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
+    """Calls that need PyTorch's own derivative rules: torch.func, forward-mode AD, tensor subclasses."""
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "inside forward-mode AD"
+    if torch.overrides.has_torch_function(tuple(t for t in tensors if t is not None)):
+        return "a tensor subclass overrides __torch_function__"
+    return ""
+
+
+def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], limit: str) -> str:
+    if name == "aten":
+        return ""
+    if not _availability(name):
+        return _availability(name).reason
+    own = triton.cannot_run(op, tensors) if name == "triton" else _compiled_cannot_run(name, op, tensors)
+    return limit or own or _transformed(tensors)
+
+
+def select(op: str, tensors: tuple[Tensor | None, ...], limit: str = "") -> str:
+    """The backend that runs this call: never None, "aten" where no other can.
+
+    ``limit`` is a reason, found by the caller, why no fused kernel of this operator covers the call ("" if none).
+    """
+    if _choice != "auto":
+        reason = _cannot_run(_choice, op, tensors, limit)
+        if reason:
+            raise RuntimeError(f"{op}: backend {_choice!r} cannot run this call: {reason}")
+        return _choice
+    reason = f"no kernels for device type {tensors[0].device.type}"
+    for name in _PREFERENCE.get(tensors[0].device.type, ()):
+        reason = _cannot_run(name, op, tensors, limit)
+        if not reason:
+            return name
+    if not torch.compiler.is_compiling() and (op, reason) not in _told:
+        _told.add((op, reason))
+        log.info("%s runs on aten: %s", op, reason)
+    return "aten"
+
+
+def impl(backend: str, op: str) -> Callable:
+    """The callable with the signature of ``torch.ops.fastconv.<op>`` that ``backend`` runs."""
+    return triton.impl(op) if backend == "triton" else getattr(torch.ops.fastconv, op).default

@@ -1,0 +1,204 @@
+"""TrainStep: forward, loss, backward and optimizer step as one call that never waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("fastconv")
+
+_WARMUP = 3  # eager steps before a capture: they create .grad, optimizer state and library handles
+_MAX_RECAPTURES = 3  # hyper-parameter changes after which the optimizer step stays outside the graph
+
+
+class TrainStep:
+    """One training step as one call: ``loss = step(x, y)``.
+
+    model: the module to train, on one device, stock or from :func:`fastconv.fuse`.
+    loss_fn: called as ``loss_fn(model(x), y)``, returns a scalar tensor.
+    optimizer: any torch.optim.Optimizer over the model's parameters. Learning-rate schedulers and
+    ``optimizer.state_dict()`` work as usual; ``p.grad`` holds the step's gradients after the call.
+    autocast_dtype: None, torch.bfloat16 or torch.float16: the forward and the loss run under torch.autocast. With
+    float16 the loss is scaled by a torch.amp.GradScaler (``step.scaler``); its inf check makes the optimizer wait for
+    the device unless the optimizer is a fused one.
+    cuda_graph: on a GPU the whole step is captured in a CUDA graph, one per input shape, and replayed. "auto" falls
+    back to ordinary execution, with the reason logged, where the step cannot be captured; True raises instead; False
+    never captures. On a CPU the step is the plain loop.
+
+    ``step(x, y)`` takes tensors on the model's device and returns the loss, detached, without a host sync: read it with
+    ``.item()`` as seldom as you can. Every call trains on its own batch; capture and warm-up repeat none.
+
+    Inside the graph the optimizer's hyper-parameters are constants: when one changes (a scheduler) the step is captured
+    anew, and after three changes the optimizer runs outside the graph. Optimizers with a ``capturable`` flag run inside
+    the graph only if it is set.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
+
+    >>> step = fastconv.TrainStep(model, fnn.CrossEntropyLoss(), optimizer, autocast_dtype=torch.bfloat16)
+    >>> for x, y in batches:
+    ...     loss = step(x, y)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        cuda_graph: bool | str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"TrainStep: model expected torch.nn.Module, got {type(model).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(f"TrainStep: loss_fn expected a callable, got {type(loss_fn).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"TrainStep: optimizer expected torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if autocast_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"TrainStep: autocast_dtype expected None, bfloat16 or float16, got {autocast_dtype}")
+        if cuda_graph not in ("auto", True, False):
+            raise ValueError(f'TrainStep: cuda_graph expected "auto", True or False, got {cuda_graph!r}')
+        devices = {p.device for p in model.parameters()}
+        if len(devices) != 1:
+            raise RuntimeError(
+                f"TrainStep: model expected all parameters on one device, got {sorted(map(str, devices))}"
+            )
+        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self.device = devices.pop()
+        if cuda_graph is True and self.device.type != "cuda":
+            raise RuntimeError(f"TrainStep: cuda_graph=True expected a model on a CUDA device, got {self.device}")
+        self.autocast_dtype = autocast_dtype
+        self.scaler = torch.amp.GradScaler(self.device.type) if autocast_dtype is torch.float16 else None
+        self._graphs: _StepGraphs | None = None
+        if self.device.type == "cuda" and cuda_graph is not False:
+            self._graphs = _StepGraphs(self, required=cuda_graph is True)
+
+    @property
+    def captured(self) -> int:
+        """How many CUDA graphs this step holds now (one per input shape; 0 on a CPU)."""
+        return 0 if self._graphs is None else len(self._graphs.cache)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        for name, value in (("x", x), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"TrainStep: {name} expected Tensor, got {type(value).__name__}")
+            if value.device != self.device:
+                raise RuntimeError(f"TrainStep: {name} expected on {self.device} like the model, got {value.device}")
+        return self.eager(x, y) if self._graphs is None else self._graphs(x, y)
+
+    def eager(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same step without a graph."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(x, y)
+        self.update()
+        return loss
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward, loss and backward; returns the detached loss."""
+        autocast = contextlib.nullcontext()
+        if self.autocast_dtype is not None:
+            autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        with autocast:
+            loss = self.loss_fn(self.model(x), y)
+        if loss.dim() != 0:
+            raise RuntimeError(f"TrainStep: loss_fn expected to return a scalar, got shape {list(loss.shape)}")
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """The optimizer's step."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+class _StepGraphs:
+    """CUDA graphs of a TrainStep, by input shape, sharing one memory pool."""
+
+    def __init__(self, step: TrainStep, required: bool) -> None:
+        self.step, self.required = step, required
+        self.cache: dict[tuple, _Captured] = {}
+        self.calls, self.recaptures = 0, 0
+        self.stream = torch.cuda.Stream(step.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.refused = ""
+        groups = step.optimizer.param_groups
+        # A GradScaler's step reads the inf flag on the host; an optimizer with a capturable flag refuses without it.
+        self.update_inside = step.scaler is None and all(g.get("capturable", True) for g in groups)
+        self.hyper = self._hyper_parameters()
+
+    def _hyper_parameters(self) -> list[tuple]:
+        groups = self.step.optimizer.param_groups
+        return [tuple(v for k, v in sorted(g.items()) if k != "params" and not isinstance(v, Tensor)) for g in groups]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        if self.refused:
+            return self.step.eager(x, y)
+        if self.calls <= _WARMUP:
+            # On the side stream, so that nothing the capture reuses was first allocated for the default stream.
+            self.stream.wait_stream(torch.cuda.current_stream(self.step.device))
+            with torch.cuda.stream(self.stream):
+                loss = self.step.eager(x, y)
+            torch.cuda.current_stream(self.step.device).wait_stream(self.stream)
+            loss.record_stream(torch.cuda.current_stream(self.step.device))
+            return loss
+        self._forget_if_changed()
+        key = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, self.step.model.training)
+        if key not in self.cache:
+            try:
+                self.cache[key] = _Captured(self, x, y)
+            except RuntimeError as error:
+                # Nothing of a failed capture was executed: the batch is trained on below, outside a graph.
+                if self.required:
+                    raise
+                self.refused = str(error)
+                log.warning("TrainStep runs without a CUDA graph: %s", error)
+                return self.step.eager(x, y)
+        return self.cache[key].replay(x, y)
+
+    def _forget_if_changed(self) -> None:
+        if not self.update_inside:
+            return
+        now = self._hyper_parameters()
+        if now != self.hyper:
+            self.hyper = now
+            self.cache.clear()
+            self.recaptures += 1
+            if self.recaptures > _MAX_RECAPTURES:
+                self.update_inside = False
+                log.info("TrainStep: the optimizer's hyper-parameters keep changing; its step leaves the graph")
+
+
+class _Captured:
+    """One captured step: static inputs, the graph, its loss and its gradients."""
+
+    def __init__(self, graphs: _StepGraphs, x: Tensor, y: Tensor) -> None:
+        step = self.step = graphs.step
+        self.update_inside = graphs.update_inside
+        self.x, self.y = x.clone(), y.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        # Gradients are allocated inside the graph's pool: the backward must find none to add to.
+        step.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(self.graph, pool=graphs.pool, stream=graphs.stream):
+            self.loss = step.backward(self.x, self.y)
+            if self.update_inside:
+                step.update()
+        self.grads = [(p, p.grad) for p in step.model.parameters() if p.grad is not None]
+
+    def replay(self, x: Tensor, y: Tensor) -> Tensor:
+        self.x.copy_(x, non_blocking=True)
+        self.y.copy_(y, non_blocking=True)
+        self.graph.replay()
+        for p, grad in self.grads:
+            p.grad = grad  # another shape's graph, or the caller's zero_grad, may have put something else there
+        if not self.update_inside:
+            self.step.update()
+        return self.loss.clone()
