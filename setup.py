@@ -96,7 +96,7 @@ def decide_cuda(torch, sources: list[str]) -> tuple[Path | None, str]:
             f"install CUDA toolkit {torch.version.cuda.split('.')[0]}.x or set CUDA_HOME to one"
         )
     elif not sources:
-        reason = "this version of fastconv has no CUDA sources"
+        reason = "this version has CUDA device code (csrc/cuda/kernels), but no host side that registers it yet"
     if reason and wish == "1":
         raise SystemExit(f"fastconv: FASTCONV_CUDA=1, but the CUDA kernels cannot be built: {reason}")
     return (None, reason) if reason else (home, "")

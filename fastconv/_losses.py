@@ -45,9 +45,10 @@ def cross_entropy(
         raise ValueError(f"{op}: reduction expected one of none, mean, sum; got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"{op}: label_smoothing expected between 0.0 and 1.0, got {label_smoothing}")
+    if autocast.enabled(input):
+        # Stock autocast runs the loss in float32: logits, probabilities and class weights alike.
+        input, target, weight = (t.float() if _is_low(t) else t for t in (input, target, weight))
     limit = _check_shapes(op, input, target, weight, ignore_index)
-    if autocast.enabled(input) and input.dtype != torch.float64:
-        input = input.float()
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         limit = limit or "weight requires a gradient"
     elif weight is not None and weight.dtype != input.dtype:
@@ -69,6 +70,10 @@ def cross_entropy(
     grad = needs_grad(input, target)
     loss = CrossEntropyFunction.apply(*args, backend) if grad else ops.impl(backend, op)(*args)[0]
     return loss.squeeze(0) if one_row and reduction == "none" else loss
+
+
+def _is_low(t: Tensor | None) -> bool:
+    return t is not None and t.dtype in (torch.float16, torch.bfloat16)
 
 
 def _check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> str:

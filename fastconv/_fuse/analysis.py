@@ -63,11 +63,16 @@ def has_forward(module: nn.Module) -> bool:
 
 @dataclass
 class Traces:
-    """Graphs of one module by (kind of input, training); ``reason`` instead where there are none."""
+    """Graphs of one module by (kind of input, training); ``reason`` instead where there are none.
+
+    names: the required arguments. probed: indices of those whose type was tested. reads: the module's own attributes
+    that the forward reads.
+    """
 
     names: list[str] = field(default_factory=list)
     graphs: dict[tuple[str, bool], fx.Graph] = field(default_factory=dict)
     probed: frozenset[int] = frozenset()
+    reads: frozenset[str] = frozenset()
     reason: str = ""
 
 
@@ -80,6 +85,7 @@ class Analysis:
         self._modules: dict[int, dict[str, nn.Module]] = {}
         self._keep = self.order  # ids stay valid while the modules live
         self.shared = self._shared()
+        self._written: set[int] | None = None
 
     def _shared(self) -> dict[int, str]:
         """Reasons for the modules that are registered in several places, by id."""
@@ -109,9 +115,9 @@ class Analysis:
             return Traces(reason="its forward was replaced on the instance")
         try:
             names = required_arguments(module)
-            graphs = {}
-            graphs["tensor", True], probed = trace(module, names, True)
-            graphs["tensor", False], again = trace(module, names, False)
+            graphs, reads = {}, set()
+            graphs["tensor", True], probed = trace(module, names, True, reads)
+            graphs["tensor", False], again = trace(module, names, False, reads)
             probed = probed | again
         except Untraceable as error:
             return Traces(reason=str(error))
@@ -120,10 +126,10 @@ class Analysis:
         if probed:
             # The forward tells tensors from lists: a second pair of graphs for lists, if it has that door at all.
             try:
-                graphs |= {("list", mode): trace(module, names, mode, "list")[0] for mode in (True, False)}
+                graphs |= {("list", mode): trace(module, names, mode, reads, "list")[0] for mode in (True, False)}
             except Untraceable:
                 graphs = {key: graph for key, graph in graphs.items() if key[0] == "tensor"}
-        return Traces(names, graphs, frozenset(names.index(p) for p in probed))
+        return Traces(names, graphs, frozenset(names.index(p) for p in probed), frozenset(reads))
 
     def flow(self, module: nn.Module, graph: fx.Graph) -> effects.Flow:
         below = self.paths(module)
@@ -150,8 +156,24 @@ class Analysis:
             return anything
         return effects.Effect(any(p.writes for p in parts), any(p.returns_view for p in parts))
 
+    def result_written(self, module: nn.Module) -> bool:
+        """Whether a forward of the model writes in place to what calling this module returns."""
+        if self._written is None:
+            written: set[int] = set()
+            for parent in reversed(self.order):
+                for graph in self.traces(parent).graphs.values() if has_forward(parent) else ():
+                    flow, below = self.flow(parent, graph), self.paths(parent)
+                    nodes = set().union(*flow.writes.values())
+                    if id(parent) in written:
+                        nodes |= flow.returned(graph)
+                    written.update(id(below[n.target]) for n in nodes if n.op == "call_module")
+            self._written = written
+        return id(module) in self._written
+
     def matches(
-        self, module: nn.Module, graph: fx.Graph, flow: effects.Flow
+        self, module: nn.Module, graph: fx.Graph, flow: effects.Flow, result_written: bool
     ) -> tuple[list[Match], list[tuple[str, str]]]:
         matcher = Matcher(graph, self.paths(module), flow, self.shared)
+        if result_written:
+            matcher.exposed = flow.returned(graph)
         return matcher.matches(), matcher.left

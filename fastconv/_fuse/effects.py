@@ -68,6 +68,11 @@ class Flow:
             node = node.next
         return None
 
+    def returned(self, graph: fx.Graph) -> frozenset[fx.Node]:
+        """The owners of what the graph returns."""
+        output = next(iter(reversed(graph.nodes)))
+        return frozenset().union(*(self.owners[n] for n in output.all_input_nodes))
+
     def ever_written(self, value: fx.Node) -> bool:
         return any(hit & self.owners[value] for hit in self.writes.values())
 
@@ -147,6 +152,4 @@ def graph_effect(graph: fx.Graph, flow: Flow) -> Effect:
     """What calling the module that the graph was traced from may do."""
     inputs = frozenset(n for n in graph.nodes if n.op == "placeholder")
     writes = any(any(n in inputs or n.op == "get_attr" for n in hit) for hit in flow.writes.values())
-    output = next(iter(reversed(graph.nodes)))
-    returned = frozenset().union(*(flow.owners[n] for n in output.all_input_nodes))
-    return Effect(writes, bool(returned & inputs))
+    return Effect(writes, bool(flow.returned(graph) & inputs))

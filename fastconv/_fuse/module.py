@@ -21,16 +21,18 @@ _classes: dict[type, type] = {}
 class FusedMixin:
     """First base of every fused class; the second, ``_fastconv_base``, is the stock class.
 
-    The plan is dropped when an attribute or a submodule is assigned, since the traced forward may depend on it, and
-    derived again at the next call.
+    The plan is dropped when a submodule is assigned, or an attribute that the traced forward has read, and derived
+    again at the next call.
     """
 
     _fastconv_base: type
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training" and self.__dict__.get(name, _classes) is not value:
-            known = self.__dict__.get("_parameters") or {}
-            if not isinstance(value, nn.Parameter) or known.get(name) is None:
+        plan, state = self.__dict__.get("_fastconv_plan"), self.__dict__
+        if plan is not None and name != "training" and state.get(name, _classes) is not value:
+            module = isinstance(value, nn.Module) or name in state["_modules"]
+            weight = isinstance(value, nn.Parameter) and state["_parameters"].get(name) is not None
+            if module or (plan.depends_on(name) and not weight):
                 self._drop_plan()
         super().__setattr__(name, value)
 
@@ -75,14 +77,13 @@ def _rebuild(base: type) -> nn.Module:
 
 def refresh(module: nn.Module) -> Plan:
     """Derives the container's plan from its present state."""
-    memory_format = CHANNELS_LAST
-    if module.__dict__.get("_fastconv_layout") == "preserve":
-        memory_format = torch.preserve_format
+    layout, written = module.__dict__.get("_fastconv_options", ("channels_last", False))
+    memory_format = CHANNELS_LAST if layout == "channels_last" else torch.preserve_format
     planner = Planner(Analysis(module), memory_format)
     for child in module.modules():
         if isinstance(child, FusedMixin) and child is not module:
             planner.planned.add(id(child))
-    plan = planner.plan(module)
+    plan = planner.plan(module, written)
     module.__dict__["_fastconv_plan"] = plan
     return plan
 
@@ -127,7 +128,8 @@ def install(module: nn.Module, plan: Plan) -> None:
     if not isinstance(module, FusedMixin):
         module.__class__ = fused_class(base_class(module))
     module.__dict__["_fastconv_plan"] = plan
-    module.__dict__["_fastconv_layout"] = "channels_last" if plan.memory_format == CHANNELS_LAST else "preserve"
+    layout = "channels_last" if plan.memory_format == CHANNELS_LAST else "preserve"
+    module.__dict__["_fastconv_options"] = layout, plan.written
 
 
 def shallow_clone(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:

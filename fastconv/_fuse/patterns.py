@@ -88,6 +88,7 @@ class Matcher:
     def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module], flow: Flow, shared: Mapping[int, str]):
         self.graph, self.modules, self.flow, self.shared = graph, modules, flow, shared
         self.taken: set[fx.Node] = set()
+        self.exposed: frozenset[fx.Node] = frozenset()  # values that a caller writes to in place
         self.left: list[tuple[str, str]] = []
         self.calls: dict[int, int] = {}
         for node in graph.nodes:
@@ -182,9 +183,7 @@ class Matcher:
         if reader is not None and isinstance(self._module(reader), _BatchNorm) and match.bn is None:
             return f"nothing to fuse: {reader.target} {self._reason(reader, nn.BatchNorm2d) or 'takes it otherwise'}"
         return (
-            "nothing to fuse: no activation follows"
-            if match.bn
-            else "nothing to fuse: no batch norm or activation follows"
+            "nothing to fuse: no activation follows" if match.bn else "nothing to fuse: no norm or activation follows"
         )
 
     def _add(self, match: Match) -> Match | None:
@@ -219,7 +218,8 @@ class Matcher:
             inplace = is_inplace_call(node)
         if not name or node.target in ADD_FUNCTIONS:
             return None
-        if name in SAVE_OUTPUT_INSTEAD and not inplace and self.flow.ever_written(node):
+        written = node in self.exposed or self.flow.ever_written(node)
+        if name in SAVE_OUTPUT_INSTEAD and not inplace and written:
             return None  # legal in stock PyTorch, whose backward does not read the output
         if name in SAVE_RESIDUAL and match.residual is not None and self.flow.ever_written(match.residual):
             return None  # likewise for the residual

@@ -43,7 +43,8 @@ class Plan:
     """Compiled forwards by (kind of input, training), and what they were derived from.
 
     Empty ``functions``: the stock forward runs. ``watch``: the submodules by container path that the graph was unrolled
-    over. ``flags``: paths of modules whose code is inlined in graphs that depend on the mode.
+    over. ``reads``: the container's own attributes that the graphs depend on. ``flags``: paths of modules whose code is
+    inlined in graphs that depend on the mode. ``written``: a caller writes in place to the results.
     """
 
     names: list[str] = field(default_factory=list)
@@ -52,11 +53,13 @@ class Plan:
     probed: frozenset[int] = frozenset()
     watch: tuple[tuple[str, tuple[str, ...]], ...] = ()
     flags: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
     groups: list[Group] = field(default_factory=list)
     convs: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     reason: str = ""
     views: bool = False
+    written: bool = False
     memory_format: torch.memory_format = CHANNELS_LAST
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
@@ -67,6 +70,10 @@ class Plan:
 
     def same_as(self, other: Plan | None) -> bool:
         return other is not None and (self.sources, self.memory_format) == (other.sources, other.memory_format)
+
+    def depends_on(self, name: str) -> bool:
+        """Whether assigning this attribute of the container may change its graphs."""
+        return bool(self.reason) or name in self.reads or "__dict__" in self.reads
 
     def outdated(self, owner: nn.Module) -> bool:
         """Whether submodules were added, removed or renamed since."""
@@ -109,19 +116,24 @@ class Planner:
         self.planned: set[int] = set()
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def plan(self, module: nn.Module) -> Plan:
-        """The module's plan; without functions where nothing is to be rewritten."""
+    def plan(self, module: nn.Module, written: bool | None = None) -> Plan:
+        """The module's plan; without functions where nothing is to be rewritten.
+
+        written: whether its callers write to its results; by default, what the analysed model says.
+        """
         if not has_forward(module):
             return Plan(memory_format=self.memory_format)
         traces = self.analysis.traces(module)
         plan = Plan(
-            traces.names, probed=traces.probed, reason=traces.reason, memory_format=self.memory_format,
+            traces.names, probed=traces.probed, reads=traces.reads, reason=traces.reason,
+            memory_format=self.memory_format,
             watch=(("", tuple(module._modules)),),
         )  # fmt: skip
+        plan.written = self.analysis.result_written(module) if written is None else written
         sources, compiled, rewritten = [], {}, False
         for (kind, training), graph in traces.graphs.items():
             flow = self.analysis.flow(module, graph)
-            matches, left = self.analysis.matches(module, graph, flow)
+            matches, left = self.analysis.matches(module, graph, flow, plan.written)
             self._note(plan, matches, left, kind, "train" if training else "eval")
             rewriter = Rewriter(self.analysis, module, graph, flow, matches, kind)
             rewritten |= rewriter.run(self.nhwc, self.planned)

@@ -100,14 +100,15 @@ def report(model: nn.Module) -> FusionReport:
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         names.setdefault(id(module), name)
+    order = {key: i for i, key in enumerate(names)}
     result = FusionReport(getattr(type(model), "_fastconv_base", type(model)).__name__)
     reasons: dict[int, str] = {}
     fused: set[int] = set()
     planner = Planner(analysis, CHANNELS_LAST)
     failed = []
-    for module in sorted(analysis.order, key=lambda m: list(names).index(id(m))):
+    for module in sorted(analysis.order, key=lambda m: order[id(m)]):
         mine = isinstance(module, FusedMixin)
-        plan: Plan = (module.__dict__.get("_fastconv_plan") or refresh(module)) if mine else planner.plan(module)
+        plan: Plan = (module.__dict__.get("_fastconv_plan") or refresh(module)) if mine else planner.plan(module, False)
         prefix = f"{names[id(module)]}." if names[id(module)] else ""
         below = analysis.paths(module)
         if mine:

@@ -213,15 +213,27 @@ def _restored(module: nn.Module) -> Iterator[None]:
             numpy_random.set_state(states[2])
 
 
-def _shadow(module: nn.Module, names: list[str], training: bool) -> nn.Module:
-    """A shallow copy to trace, whose forward takes the required arguments alone."""
+def _shadow(module: nn.Module, names: list[str], training: bool, reads: set[str]) -> nn.Module:
+    """A shallow copy to trace, whose forward takes the required arguments alone; notes what it reads of itself."""
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        # nn.Module itself looks into __dict__ at every turn; a forward that does may read anything there.
+        if name != "__dict__" or _foreign_caller():
+            reads.add(name)
+        return base.__getattribute__(self, name)
+
     base = base_class(module)
     listing = ", ".join(names)
     scope: dict[str, Any] = {}
     # The globals are forward's own: torch.fx looks there for the functions of the math module that it records.
     code = f"def forward(self, {listing}):\n    return self._fastconv_stock({listing})\n"
     exec(code, inspect.unwrap(base.forward).__globals__, scope)
-    namespace = {"forward": scope["forward"], "_fastconv_stock": base.forward, "__module__": base.__module__}
+    namespace = {
+        "forward": scope["forward"],
+        "_fastconv_stock": base.forward,
+        "__getattribute__": __getattribute__,
+        "__module__": base.__module__,
+    }
     shadow = object.__new__(type(base.__name__, (base,), namespace))
     for key, value in stock_state(module).items():
         shadow.__dict__[key] = value.copy() if isinstance(value, (dict, list, set)) else value
@@ -243,15 +255,18 @@ def _assigned(shadow: nn.Module, before: dict[str, Any]) -> str:
     return ""
 
 
-def trace(module: nn.Module, names: list[str], training: bool, kind: str = "tensor") -> tuple[fx.Graph, set[str]]:
+def trace(
+    module: nn.Module, names: list[str], training: bool, reads: set[str], kind: str = "tensor"
+) -> tuple[fx.Graph, set[str]]:
     """(graph, arguments whose type was tested) of ``module`` in one mode.
 
-    kind: what isinstance() takes the arguments for, "tensor" or "list". Raises :class:`Untraceable`. No hook fires, no
+    reads: takes the names of the module's own attributes that forward reads. kind: what isinstance() takes the
+    arguments for, "tensor" or "list". Raises :class:`Untraceable`. No hook fires, no
     submodule runs, and the module is left as it was.
     """
     tracer = _Tracer(kind)
     try:
-        shadow = _shadow(module, names, training)
+        shadow = _shadow(module, names, training, reads)
         before = {k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in shadow.__dict__.items()}
         with _restored(shadow), _replaced(tracer):
             graph = tracer.trace(shadow)

@@ -82,8 +82,8 @@ def _batch_norm_act_backward(
     return (
         _like(input, output_mask[0]),
         _like(input, output_mask[1]),
-        affine.new_empty(input.size(1) if output_mask[2] else 0),
-        affine.new_empty(input.size(1) if output_mask[3] else 0),
+        affine.new_empty(input.size(1)) if output_mask[2] else input.new_empty(0),
+        affine.new_empty(input.size(1)) if output_mask[3] else input.new_empty(0),
     )
 
 
@@ -130,14 +130,13 @@ def _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, save_o
     return _pool_out(*args), _pool_out(*args, torch.uint8) if save_offsets else input.new_empty(0, dtype=torch.uint8)
 
 
-def _pool_backward(grad_output, input_size):
+def _pool_backward(grad_output, input_size, channels_last):
     grad = grad_output.new_empty(grad_output.size(0), grad_output.size(1), *input_size)
-    return grad.to(memory_format=_format(grad_output))
+    return grad.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _max_pool2d_backward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation):
-    grad = grad_output.new_empty(grad_output.size(0), grad_output.size(1), *input_size)
-    return grad.to(memory_format=_format(offsets))
+def _max_pool2d_backward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation, channels_last):
+    return _pool_backward(grad_output, input_size, channels_last)
 
 
 def _avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
@@ -145,17 +144,17 @@ def _avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pa
 
 
 def _avg_pool2d_backward(
-    grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, channels_last
 ):
-    return _pool_backward(grad_output, input_size)
+    return _pool_backward(grad_output, input_size, channels_last)
 
 
 def _adaptive_avg_pool2d(input, output_size):
     return input.new_empty(input.size(0), input.size(1), *output_size).to(memory_format=_format(input))
 
 
-def _adaptive_avg_pool2d_backward(grad_output, input_size):
-    return _pool_backward(grad_output, input_size)
+def _adaptive_avg_pool2d_backward(grad_output, input_size, channels_last):
+    return _pool_backward(grad_output, input_size, channels_last)
 
 
 def _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing):

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# One call on a machine with a GPU: build for it, test on it, look for memory errors and races, measure, one table last.
+#
+#   bench/gpu.sh OUTDIR [PART...]      PART: info build test sanitize bench     (default: all, in this order)
+#
+# Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
+# fastconv itself. Each part's whole output is OUTDIR/<part>.log; a part that fails is named in the table at the end
+# and makes the exit status 1, and the parts after it still run. Written for 16 cores and ten minutes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+if [ $# -lt 1 ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+shift
+[ $# -gt 0 ] || set -- info build test sanitize bench
+[ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
+export PYTHONUNBUFFERED=1
+
+part_info() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+  git rev-parse HEAD
+  "$PYTHON" -m torch.utils.collect_env
+}
+
+part_build() {
+  FASTCONV_CUDA=${FASTCONV_CUDA:-} "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps -e . &&
+    "$PYTHON" -m fastconv info
+}
+
+part_test() {
+  timeout 300 "$PYTHON" -m pytest -q -x --maxfail=20 tests
+}
+
+part_sanitize() {
+  local tool status=0
+  command -v compute-sanitizer || return 1
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "== $tool"
+    timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "$PYTHON" -m pytest -q -m sanitize tests || status=1
+  done
+  return $status
+}
+
+part_bench() {
+  local precision batch status=0
+  for precision in fp32 bf16; do
+    for batch in 4 128 512; do
+      "$PYTHON" bench/train_cifar10.py --backend compare --dataset synthetic --precision "$precision" \
+        --batch-size "$batch" --max-steps 200 --device cuda --report "$out/train_${precision}_$batch" || status=1
+    done
+  done
+  return $status
+}
+
+failed=0
+table=""
+for part in "$@"; do
+  if ! declare -F "part_$part" >/dev/null; then
+    echo "bench/gpu.sh: no part named $part (info build test sanitize bench)" >&2
+    exit 2
+  fi
+  start=$SECONDS
+  if "part_$part" >"$out/$part.log" 2>&1; then result=ok; else result=FAILED failed=1; fi
+  table+=$(printf '%-10s %-7s %5d s  %s' "$part" "$result" $((SECONDS - start)) "$(tail -n 1 "$out/$part.log" | cut -c1-90)")$'\n'
+done
+printf '%s' "$table" | tee "$out/table.txt"
+exit $failed

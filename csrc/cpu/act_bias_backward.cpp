@@ -1,0 +1,84 @@
+// Host side of act_bias_backward: gradient of an activation and of the bias before it, one pass
+// (kernels/act_backward.h).
+
+#include <torch/library.h>
+
+#include <array>
+
+#include "host.h"
+#include "parallel.h"
+
+#define FASTCONV_KERNELS "kernels/act_backward.h"
+#include "foreach_isa.h"
+
+namespace fastconv::cpu {
+namespace {
+
+template <class T>
+using Kernel = void (*)(const T*, const T*, T*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t, Act);
+
+template <class T>
+Kernel<T> pick(Act act) {
+  if (act == Act::identity) return FASTCONV_PICK(act_bias_backward<T, 0>);
+  if (act == Act::relu) return FASTCONV_PICK(act_bias_backward<T, 1>);
+  return FASTCONV_PICK(act_bias_backward<T, 2>);
+}
+
+std::tuple<at::Tensor, at::Tensor> act_bias_backward_op(const at::Tensor& grad_output, const OptTensor& saved,
+                                                        c10::string_view activation, std::array<bool, 2> output_mask) {
+  constexpr const char* op = "act_bias_backward";
+  const PlainDispatch guard;
+  check_float(op, "grad_output", grad_output);
+  check_dim(op, "grad_output", grad_output, 4);
+  const Act act = parse_act(op, {activation.data(), activation.size()});
+  at::MemoryFormat format = grad_output.suggest_memory_format();
+  if (act == Act::identity) {
+    TORCH_CHECK(!output_mask[0], op,
+                ": output_mask[0] expected False for activation 'identity' (grad_preact is grad_output), got True");
+  } else {
+    TORCH_CHECK(given(saved), op, ": saved expected a tensor for activation '", activation, "', got None");
+    check_device(op, "saved", *saved, grad_output);
+    check_dtype(op, "saved", *saved, grad_output.scalar_type());
+    check_sizes(op, "saved", *saved, grad_output.sizes());
+    format = saved->suggest_memory_format();  // a gradient may arrive expanded; the output it belongs to has the layout
+                                              // that counts
+  }
+  const int64_t channels = grad_output.size(1);
+  const auto none = [&] { return no_tensor(grad_output.options()); };
+  const at::Tensor g = nhwc(grad_output);
+  const at::Tensor s = act == Act::identity ? at::Tensor() : nhwc(*saved);
+  const at::Tensor preact = output_mask[0] ? empty_nhwc(g.sizes(), g.options(), format) : none();
+  const at::Tensor sums = output_mask[1] ? at::zeros({channels}, acc_options(g)) : none();
+  if (g.numel() > 0) {
+    dispatch_float(op, g.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      using A = acc_t<T>;
+      const auto kernel = pick<T>(act);
+      const Spans split(g.numel() / channels, channels);
+      const T *pg = const_data<T>(g), *ps = const_data<T>(s);
+      T* pp = data<T>(preact);
+      if (!output_mask[1]) {
+        parallel_tasks(split.rows, g.numel(), [&](int64_t r0, int64_t r1) {
+          kernel(pg, ps, pp, nullptr, channels, r0, r1, 0, channels, act);
+        });
+        return;
+      }
+      const at::Tensor partial = at::empty({split.spans, channels}, acc_options(g));
+      A *part = data<A>(partial), *sum = data<A>(sums);
+      parallel_spans(split, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+        kernel(pg, ps, pp, part + i * channels, channels, r0, r1, c0, c1, act);
+      });
+      for (int64_t i = 0; i < split.spans; ++i) {
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part[i * channels + c];
+      }
+    });
+  }
+  return {output_mask[0] ? to_format(preact, format) : none(),
+          output_mask[1] ? sums.to(grad_output.scalar_type()) : none()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastconv, CPU, m) { m.impl("act_bias_backward", &act_bias_backward_op); }
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,178 @@
+// Host side of batch_norm_act_backward: check -> allocate -> split over threads -> kernels/batch_norm.h.
+
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "batch_norm_act.h"
+#include "host.h"
+#include "parallel.h"
+
+#define FASTCONV_KERNELS "kernels/batch_norm.h"
+#include "foreach_isa.h"
+
+namespace fastconv::cpu {
+namespace {
+
+template <class T>
+struct Kernels {
+  using A = acc_t<T>;
+  void (*sums)(const BatchNormGrad<T>*, int64_t, int64_t, int64_t, int64_t, A*, A*, T*);
+  void (*apply)(const BatchNormGrad<T>*, const A*, const A*, T*, int64_t, int64_t, int64_t, int64_t);
+};
+
+template <class T>
+Kernels<T> pick(Act act) {
+  if (act == Act::identity) return {FASTCONV_PICK(bn_backward_sums<T, 0>), FASTCONV_PICK(bn_backward_apply<T, 0>)};
+  if (act == Act::relu) return {FASTCONV_PICK(bn_backward_sums<T, 1>), FASTCONV_PICK(bn_backward_apply<T, 1>)};
+  if (act_saves_output(act)) return {FASTCONV_PICK(bn_backward_sums<T, 2>), FASTCONV_PICK(bn_backward_apply<T, 2>)};
+  return {FASTCONV_PICK(bn_backward_sums<T, 3>), FASTCONV_PICK(bn_backward_apply<T, 3>)};
+}
+
+// The caller's choice of what to compute, and where it goes (null: not wanted).
+template <class T>
+struct Outputs {
+  T* dx;
+  T* dresidual;
+  bool training;
+  bool weight_or_bias;
+};
+
+template <class T>
+void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, const at::Tensor& sums,
+              const at::Tensor& invstd) {
+  using A = acc_t<T>;
+  const int64_t channels = p.channels;
+  const Spans s(rows, channels);
+  const Kernels<T> kernels = pick<T>(p.act);
+  const bool need_sums = out.weight_or_bias || out.dresidual || (out.training && out.dx);
+  const at::Tensor partial = at::empty({s.threads_own_channels ? 1 : s.spans, 2, channels}, sums.options());
+  const at::Tensor affine = at::zeros({2, channels}, sums.options());
+  A *sum = data<A>(sums), *sum_x = sum + channels, *part = data<A>(partial);
+  A *slope = data<A>(affine), *offset = slope + channels;
+  const A* inv = const_data<A>(invstd);
+
+  const auto coefficients = [&](int64_t c0, int64_t c1) {
+    if (!out.training) return;  // dx = dy * scale
+    for (int64_t c = c0; c < c1; ++c) {
+      slope[c] = -p.scale[c] * inv[c] * inv[c] * sum_x[c] / A(rows);
+      offset[c] = -p.scale[c] * sum[c] / A(rows);
+    }
+  };
+  const auto join = [&](const A* from, int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c) {
+      sum[c] += from[c];
+      sum_x[c] += from[channels + c];
+    }
+  };
+  // Once dresidual = dy is written, the second pass reads it in place of g and y.
+  BatchNormGrad<T> second = p;
+  auto apply = kernels.apply;
+  if (out.dresidual) {
+    second.g = out.dresidual;
+    apply = pick<T>(Act::identity).apply;
+  }
+
+  if (s.threads_own_channels) {
+    parallel_tasks(s.parts, rows * channels, [&](int64_t begin, int64_t end) {
+      const int64_t last = s.channel_end(end - 1);
+      const int64_t step = resident_channels(rows, channels, 3 * sizeof(T), kChannelBlock);
+      for (int64_t c0 = s.channel_begin(begin); c0 < last; c0 += step) {
+        const int64_t c1 = std::min(last, c0 + step);
+        if (need_sums) {
+          kernels.sums(&p, 0, s.row_end(0), c0, c1, sum, sum_x, out.dresidual);
+          for (int64_t i = 1; i < s.spans; ++i) {
+            kernels.sums(&p, s.row_begin(i), s.row_end(i), c0, c1, part, part + channels, out.dresidual);
+            join(part, c0, c1);
+          }
+          coefficients(c0, c1);
+        }
+        if (out.dx) apply(&second, slope, offset, out.dx, 0, rows, c0, c1);
+      }
+    });
+    return;
+  }
+  if (need_sums) {
+    parallel_spans(s, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+      A* mine = part + 2 * i * channels;
+      kernels.sums(&p, r0, r1, c0, c1, mine, mine + channels, out.dresidual);
+    });
+    std::copy(part, part + 2 * channels, sum);
+    for (int64_t i = 1; i < s.spans; ++i) join(part + 2 * i * channels, 0, channels);
+    coefficients(0, channels);
+  }
+  if (out.dx) {
+    parallel_tasks(rows, rows * channels,
+                   [&](int64_t r0, int64_t r1) { apply(&second, slope, offset, out.dx, r0, r1, 0, channels); });
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptTensor& output, const OptTensor& residual,
+    const OptTensor& weight, const OptTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool training,
+    c10::string_view activation, std::array<bool, 4> output_mask) {
+  constexpr const char* op = "batch_norm_act_backward";
+  const PlainDispatch guard;
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 4);
+  const int64_t channels = input.size(1);
+  const Act act = parse_act(op, {activation.data(), activation.size()});
+  check_device(op, "grad_output", grad_output, input);
+  check_dtype(op, "grad_output", grad_output, input.scalar_type());
+  check_sizes(op, "grad_output", grad_output, input.sizes());
+  check_channels(op, "weight", weight, input, channels);
+  check_channels(op, "bias", bias, input, channels);
+  for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"mean", mean}, {"invstd", invstd}}) {
+    check_device(op, name, t, input);
+    check_dtype(op, name, t, acc_type(input.scalar_type()));
+    check_sizes(op, name, t, {channels});
+  }
+  const bool recompute = act != Act::identity && !act_saves_output(act);
+  const bool from_output = act != Act::identity && !recompute;
+  if (from_output) {
+    TORCH_CHECK(given(output), op, ": output expected a tensor for activation '", activation, "', got None");
+    check_device(op, "output", *output, input);
+    check_dtype(op, "output", *output, input.scalar_type());
+    check_sizes(op, "output", *output, input.sizes());
+  }
+  if (recompute) check_residual(op, residual, input, input.sizes());
+  TORCH_CHECK(!(act == Act::identity && output_mask[1]), op,
+              ": output_mask[1] expected False for activation 'identity' (grad_residual is grad_output), got True");
+
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::Tensor x = nhwc(input), g = nhwc(grad_output);
+  const at::Tensor y = from_output ? nhwc(*output) : at::Tensor();
+  const at::Tensor res = recompute && given(residual) ? nhwc(*residual) : at::Tensor();
+  // Several of them may be asked for: each is a tensor of its own, results must not alias.
+  const auto none = [&] { return no_tensor(input.options()); };
+  const at::Tensor dx = output_mask[0] ? empty_nhwc(input.sizes(), input.options(), format) : none();
+  const at::Tensor dres = output_mask[1] ? empty_nhwc(input.sizes(), input.options(), format) : none();
+  const at::Tensor inv = invstd.contiguous(), mu = mean.contiguous();
+  const at::Tensor scale = channel_vector(weight, input, channels, 1.0).mul(inv);
+  const at::Tensor shift = channel_vector(bias, input, channels, 0.0);
+  const at::Tensor sums = at::zeros({2, channels}, acc_options(input));
+  if (input.numel() > 0) {
+    dispatch_float(op, input.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      using A = acc_t<T>;
+      const BatchNormGrad<T> p{const_data<T>(g),     const_data<T>(x),  const_data<T>(y),
+                               const_data<T>(res),   const_data<A>(mu), const_data<A>(scale),
+                               const_data<A>(shift), channels,          act};
+      backward<T>(p, input.numel() / channels, {data<T>(dx), data<T>(dres), training, output_mask[2] || output_mask[3]},
+                  sums, inv);
+    });
+  }
+  const at::ScalarType weight_type = given(weight) ? weight->scalar_type() : acc_type(input.scalar_type());
+  // dweight = sum dy * xhat, and xhat = (x - mean) * invstd
+  const at::Tensor dweight = output_mask[2] ? sums[1].mul(inv).to(weight_type) : none();
+  const at::Tensor dbias = output_mask[3] ? sums[0].to(weight_type, false, true) : none();
+  return {output_mask[0] ? to_format(dx, format) : none(), output_mask[1] ? to_format(dres, format) : none(), dweight,
+          dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastconv, CPU, m) { m.impl("batch_norm_act_backward", &batch_norm_act_backward); }
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,40 @@
+// The convolution as conv2d_bias_act, conv2d_bn_act and conv2d_backward share it.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "host.h"
+
+namespace fastconv::cpu {
+
+// Checks input, weight, bias and the geometry; returns the sizes of everything.
+ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
+// channels_last if the input or the weight is, else contiguous.
+at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight);
+
+// What follows the sums: out = act((conv - mean) * scale + shift + residual), pre = the same before act. Vectors are
+// [K] in the accumulate type, or undefined (0, 1, 0); residual and pre are NHWC or undefined.
+struct ConvEpilogue {
+  at::Tensor mean, scale, shift, residual, pre;
+  Act act = Act::identity;
+
+  bool empty() const {
+    return !mean.defined() && !scale.defined() && !shift.defined() && !residual.defined() && !pre.defined() &&
+           act == Act::identity;
+  }
+};
+
+// input in any layout, weight in any layout; the result is dense NHWC in memory, with `format`'s strides where that is
+// the same bytes.
+at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::Tensor& weight,
+                        const ConvEpilogue& epilogue, at::MemoryFormat format);
+
+// Gradients in the layouts of input and weight; undefined where not asked for.
+std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,
+                                                 const at::Tensor& input, const at::Tensor& weight,
+                                                 std::array<bool, 2> output_mask);
+
+}  // namespace fastconv::cpu

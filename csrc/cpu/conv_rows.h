@@ -1,0 +1,43 @@
+// Convolution by row classes (kernels/conv_rows.h): the entry points. Raw pointers; at::Parallel for the threads and
+// nothing else of torch.
+//
+// Tensors are dense NHWC, weights [k][r][s][c] (channels_last OIHW). T is float or bf16; sums are fp32. Every call may
+// run inside any thread; buffers belong to the thread that uses them. Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/conv_rows_types.h"
+
+namespace fastconv::cpu {
+
+enum class ConvPass { forward, input_grad, weight_grad };
+
+// Whether the engine computes this convolution; if not, the reason. element: 4 for fp32, 2 for bf16.
+const char* rows_refusal(const ConvParams& p, int64_t element);
+
+// The measured rule: whether the engine is faster than oneDNN (through ATen) here. packed: the caller keeps packed
+// weights.
+bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool packed = false);
+
+// Weights packed once, for callers that use them more than once (ConvPass::forward or input_grad). The size depends on
+// the active instruction set; 64-byte aligned memory. Taps that no row reads at this map size are left out, so the
+// sizes belong to the packing.
+int64_t rows_packed_bytes(const ConvParams& p, int64_t element, ConvPass pass);
+template <class T>
+void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed);
+
+// y[n,p,q,k] = act((conv(x, w) - mean) * scale + shift + residual); e.out and what else e names. `packed` (or null:
+// `weight` is packed on the way).
+template <class T>
+void rows_forward(const ConvParams& p, const T* x, const T* weight, const void* packed, const RowsEpilogue<T>& e);
+
+// dx[n,h,w,c], every element written; e as above, for an addition to the gradient (residual) or a scale.
+template <class T>
+void rows_input_grad(const ConvParams& p, const T* dz, const T* weight, const void* packed, const RowsEpilogue<T>& e);
+
+// dw[k,r,s,c] (D: T, or float), every element written; exactly zero for taps that read no input.
+template <class T, class D>
+void rows_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw);
+
+}  // namespace fastconv::cpu

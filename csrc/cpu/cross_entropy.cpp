@@ -1,0 +1,200 @@
+// Host side of cross_entropy and its backward: check -> layout -> split over threads -> kernels/cross_entropy.h.
+
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "host.h"
+#include "parallel.h"
+
+#define FASTCONV_KERNELS "kernels/cross_entropy.h"
+#include "foreach_isa.h"
+
+namespace fastconv::cpu {
+namespace {
+
+constexpr int64_t kChunk =
+    256;  // positions whose losses are summed together: fixed, so the result does not depend on the threads
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// Everything that forward and backward share: arguments checked and brought into one of the two layouts.
+struct Problem {
+  CrossEntropyParams params;
+  bool rows;  // layout, see params.h
+  bool probabilities;
+  at::Tensor x, target, probs, weight;  // target int64 or undefined; probs, weight in the accumulate type
+  std::vector<int64_t> position_sizes;  // [N, d..]
+
+  int64_t positions() const { return params.n * params.d; }
+};
+
+at::Tensor channels_last_view(const at::Tensor& t) { return t.dim() > 2 ? t.movedim(1, -1) : t; }
+
+Problem make_problem(const char* op, const at::Tensor& input, const at::Tensor& target, const OptTensor& weight,
+                     int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  check_float(op, "input", input);
+  TORCH_CHECK(input.dim() >= 2, op, ": input expected at least 2 dimensions [N, C, ...], got ", input.dim());
+  check_strided(op, "target", target);
+  check_device(op, "target", target, input);
+  TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction expected 0 (none), 1 (mean) or 2 (sum), got ",
+              reduction);
+  TORCH_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  const int64_t classes = input.size(1);
+  if (given(weight)) {
+    check_device(op, "weight", *weight, input);
+    check_strided(op, "weight", *weight);
+    TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes, op, ": weight expected size [", classes,
+                "] (one per class), got ", weight->sizes());
+    TORCH_CHECK(weight->scalar_type() == input.scalar_type() || weight->scalar_type() == acc_type(input.scalar_type()),
+                op, ": weight expected dtype ", input.scalar_type(), ", got ", weight->scalar_type());
+  }
+  Problem p;
+  p.position_sizes = input.sizes().vec();
+  p.position_sizes.erase(p.position_sizes.begin() + 1);
+  p.probabilities = target.is_floating_point();
+  if (p.probabilities) {
+    check_float(op, "target", target);
+    check_sizes(op, "target (probabilities)", target, input.sizes());
+    TORCH_CHECK(ignore_index < 0, op, ": ignore_index is not supported for floating point target");
+  } else {
+    TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, op,
+                ": target expected dtype int64 or uint8 (class indices) or a floating dtype (probabilities), got ",
+                target.scalar_type());
+    if (target.dim() > 0 && input.size(0) != target.size(0)) {
+      TORCH_CHECK_VALUE(false, op, ": Expected input batch_size (", input.size(0), ") to match target batch_size (",
+                        target.size(0), ").");
+    }
+    check_sizes(op, "target (class indices)", target, p.position_sizes);
+  }
+  int64_t d = 1;
+  for (int64_t i = 2; i < input.dim(); ++i) d *= input.size(i);
+  p.params = {input.size(0), classes, d, ignore_index, label_smoothing};
+  // Dense channels-last logits are rows already; everything else is read as contiguous: rows if d is 1, else columns.
+  p.rows = d == 1 || (!input.is_contiguous() && channels_last_view(input).is_contiguous());
+  const auto arrange = [&](const at::Tensor& t) {
+    return p.rows ? channels_last_view(t).contiguous() : t.contiguous();
+  };
+  p.x = arrange(input);
+  if (p.probabilities) {
+    p.probs = arrange(target.to(acc_type(input.scalar_type())));
+  } else {
+    p.target = target.to(at::kLong).contiguous();
+  }
+  p.weight = channel_vector(weight, input, classes, 1.0);
+  return p;
+}
+
+template <class T>
+CrossEntropyArgs<T> make_args(const Problem& p) {
+  using A = acc_t<T>;
+  CrossEntropyArgs<T> a{const_data<T>(p.x), p.probabilities ? nullptr : const_data<int64_t>(p.target),
+                        p.probabilities ? const_data<A>(p.probs) : nullptr, const_data<A>(p.weight), A(0)};
+  double sum = 0;
+  for (int64_t j = 0; j < p.params.c; ++j) sum += a.weight[j];
+  a.weight_sum = A(sum);
+  return a;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(const at::Tensor& input, const at::Tensor& target,
+                                                                const OptTensor& weight, int64_t reduction,
+                                                                int64_t ignore_index, double label_smoothing) {
+  constexpr const char* op = "cross_entropy";
+  const PlainDispatch guard;
+  const Problem p = make_problem(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  const int64_t positions = p.positions();
+  const at::Tensor lse = at::empty(p.position_sizes, acc_options(input));
+  const at::Tensor losses = at::empty(p.position_sizes, acc_options(input));
+  const at::Tensor normalizer = at::empty({}, acc_options(input)), total = at::empty({}, acc_options(input));
+  dispatch_float(op, input.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const CrossEntropyArgs<T> args = make_args<T>(p);
+    const auto kernel = p.rows ? FASTCONV_PICK(cross_entropy_rows<T>) : FASTCONV_PICK(cross_entropy_columns<T>);
+    A *ploss = data<A>(losses), *plse = data<A>(lse);
+    const int64_t chunks = (positions + kChunk - 1) / kChunk;
+    std::vector<std::array<double, 2>> sums(chunks, {0.0, 0.0});
+    std::vector<int64_t> bad(chunks, -1);
+    parallel_tasks(chunks, input.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        bad[i] =
+            kernel(&args, &p.params, ploss, plse, sums[i].data(), i * kChunk, std::min(positions, (i + 1) * kChunk));
+      }
+    });
+    for (const int64_t position : bad) {
+      TORCH_CHECK_INDEX(position < 0, "Target ", p.target.const_data_ptr<int64_t>()[std::max<int64_t>(position, 0)],
+                        " is out of bounds.");
+    }
+    double loss = 0, kept = 0;
+    for (const auto& s : sums) loss += s[0], kept += s[1];
+    if (p.probabilities) kept = static_cast<double>(positions);
+    *data<A>(normalizer) = A(kept);
+    *data<A>(total) = A(reduction == kMean ? loss / kept : loss);  // no kept target: 0 / 0, PyTorch's nan
+  });
+  return {(reduction == kNone ? losses : total).to(input.scalar_type()), lse, normalizer};
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_backward_op(const at::Tensor& grad_loss, const at::Tensor& input,
+                                                             const at::Tensor& target, const OptTensor& weight,
+                                                             const at::Tensor& lse, const at::Tensor& normalizer,
+                                                             int64_t reduction, int64_t ignore_index,
+                                                             double label_smoothing, std::array<bool, 2> output_mask) {
+  constexpr const char* op = "cross_entropy_backward";
+  const PlainDispatch guard;
+  const Problem p = make_problem(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  const at::ScalarType acc = acc_type(input.scalar_type());
+  check_float(op, "grad_loss", grad_loss);
+  check_device(op, "grad_loss", grad_loss, input);
+  check_dtype(op, "lse", lse, acc);
+  check_device(op, "lse", lse, input);
+  check_sizes(op, "lse", lse, p.position_sizes);
+  check_dtype(op, "normalizer", normalizer, acc);
+  TORCH_CHECK(normalizer.numel() == 1, op, ": normalizer expected 1 element, got ", normalizer.numel());
+  if (reduction == kNone) {
+    check_sizes(op, "grad_loss", grad_loss, p.position_sizes);
+  } else {
+    TORCH_CHECK(grad_loss.numel() == 1, op, ": grad_loss expected 1 element, got ", grad_loss.numel());
+  }
+  TORCH_CHECK(!output_mask[1] || p.probabilities, op, ": output_mask[1] expected False for class indices, got True");
+  const at::Tensor dx = output_mask[0] ? at::empty_like(p.x) : no_tensor(input.options());
+  const at::Tensor dprobs = output_mask[1] ? at::empty_like(p.probs) : at::Tensor();
+  const at::Tensor g = grad_loss.to(acc).contiguous(), sums = lse.contiguous();
+  if (input.numel() > 0 && (output_mask[0] || output_mask[1])) {
+    dispatch_float(op, input.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      using A = acc_t<T>;
+      const CrossEntropyArgs<T> args = make_args<T>(p);
+      const auto kernel =
+          p.rows ? FASTCONV_PICK(cross_entropy_backward_rows<T>) : FASTCONV_PICK(cross_entropy_backward_columns<T>);
+      const A factor = reduction == kMean ? A(1) / *const_data<A>(normalizer) : A(1);
+      const A *pg = const_data<A>(g), *plse = const_data<A>(sums);
+      T* pdx = output_mask[0] ? data<T>(dx) : nullptr;
+      A* pdp = data<A>(dprobs);
+      parallel_tasks(p.positions(), input.numel(), [&](int64_t begin, int64_t end) {
+        kernel(&args, &p.params, pg, reduction == kNone ? 1 : 0, factor, plse, pdx, pdp, begin, end);
+      });
+    });
+  }
+  // Back from the rows layout to [N, C, d..]: a view, and a dense tensor's own strides. A result has at::empty_like's
+  // strides.
+  const auto restore = [&](const at::Tensor& t, const at::Tensor& like) {
+    const at::Tensor view = p.rows && input.dim() > 2 ? t.movedim(-1, 1) : t;
+    const at::Tensor typed = view.to(like.scalar_type());
+    return like.is_non_overlapping_and_dense() && typed.strides() == like.strides() ? typed
+                                                                                    : at::empty_like(like).copy_(typed);
+  };
+  return {output_mask[0] ? restore(dx, input) : dx,
+          output_mask[1] ? restore(dprobs, target) : no_tensor(input.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
+  m.impl("cross_entropy", &cross_entropy_op);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_op);
+}
+
+}  // namespace fastconv::cpu

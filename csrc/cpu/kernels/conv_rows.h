@@ -1,0 +1,158 @@
+// Convolution by row classes, forward and data gradient:
+//   y[n,p,q,k]  = act(scale_k * sum over live (r,s), c of x[n, p st - pad + r dil, q st - pad + s dil, c] * w[k,r,s,c]
+//   + shift_k + residual) dx[n,h,w,c] = sum over live (r,s), k of dz[n, (h + pad - r dil) / st, (w + pad - s dil) / st,
+//   k] * w[k,r,s,c]
+//
+// A tap is live at an output position if it reads inside the map (data gradient: and where the division has no rest).
+// Positions with the same live taps form a class, and a class is one matrix product over its live taps only: rows =
+// positions x images, found by pointers, no im2col, no zero padding, no holes of a stride. On a 1x1 map a padded 3x3
+// filter costs one ninth, on a 2x2 map four. Layout: NHWC in and out; weights KRSC, packed into panels of 32 columns
+// (gemm_tile_pack.h) by the thread that uses them, or once by the caller; a handful of rows uses them in place
+// (gemm_tile_dot.h). Taps of one filter row that lie side by side in the input are one segment: the 7x7x3 stem has
+// segments of 21 channels. Threads: a grid of column panels x row tiles; each thread packs its panels into its own L2
+// (half of it), then passes over its tiles. One parallel region, no barrier, no shared writes; the sum of an element
+// has one order whatever the number of threads. Tiles: a class is cut into tiles of at most 8 rows, evenly (9 rows are
+// 5 + 4). Small classes are joined where a common tile, with zeros read for the dead taps of a row, costs less
+// (conv_rows_plan.h). FLOPs: 2 * live (row, tap) pairs * C * K. Bytes: x once per pass over the rows (a block of tiles
+// meets all panels in L2), y once, w once. Limits: groups == 1; fp32 and bf16; an odd number of summed bf16 channels
+// needs an input padded by one (the host copies it). A filter on few channels (bf16 forward: the stem) reads an input
+// with its padding written out: an infinite weight then meets those zeros and gives NaN.
+//
+// Measured: ResNet50's convolutions at 32 px, each as often as it occurs, one core of a Zen 5 (AVX-512 bf16),
+// microseconds, oneDNN (channels_last, torch 2.11) : here, weights packed on the way : weights packed before:
+//   fp32 batch 64, forward: 3x3x64 8x8 1036 : 983 : 973; 64->256 549 : 532 : 528; 3x3x256 2x2 1893 : 561 : 513; 3x3x512
+//   1x1 1291 : 162 : 141 bf16 batch 64, forward: 3x3x64 8x8 562 : 496 : 492; 64->256 302 : 298 : 296; 3x3x256 2x2 965 :
+//   292 : 262; 3x3x512 1x1 1006 : 83 : 72 bf16 batch 4, forward: 3x3x64 66 : 35 : 34; 64->256 46 : 20 : 20; 3x3x256 214
+//   : 36 : 28; 3x3x512 600 : 12 : 11 85-97% of the multiply-add peak (276 GFLOP/s fp32, 552 bf16) at batch 64.
+// Versions: epilogue tests per vector in the tile 420 us (64->256 bf16, batch 64), per tile 346, out of line and zeroed
+// without a memory array 298. Weights always packed: 137 us for fp32 2048->512 at batch 4 on 1x1, in place 61. The stem
+// by segments of 21 channels, 4 to a bf16 pixel, 1030 us; gathered 750.
+
+namespace fastconv::cpu::FASTCONV_ISA_NS {
+
+// Walks over the rows of a group in order: class, image, h, w.
+struct RowWalker {
+  const RowsPlan& plan;
+  const RowsGroup& group;
+  const RowsClass* cls;
+  int64_t n, h, w;
+
+  RowWalker(const RowsPlan& p, const RowsGroup& g, int64_t row) : plan(p), group(g), cls(g.classes) {
+    while (row >= p.n_images * cls->nh * cls->nw) row -= p.n_images * cls->nh * cls->nw, ++cls;
+    w = row % cls->nw;
+    h = row / cls->nw % cls->nh;
+    n = row / cls->nw / cls->nh;
+  }
+  void next() {
+    if (++w < cls->nw) return;
+    w = 0;
+    if (++h < cls->nh) return;
+    h = 0;
+    if (++n < plan.n_images) return;
+    n = 0;
+    ++cls;
+  }
+};
+
+template <class T>
+inline void fill_tile(const RowsTask<T>& t, RowWalker& walk, int n_rows, const char** table, int64_t* at,
+                      char* gathered) {
+  const RowsPlan& p = *t.plan;
+  for (int i = 0; i < n_rows; ++i) {
+    const int64_t oh = walk.cls->h[walk.h], ow = walk.cls->w[walk.w];
+    const char* image = (const char*)t.input + walk.n * p.image_bytes;
+    const int64_t *h = p.h_offset + oh * p.taps_r, *w = p.w_offset + ow * p.taps_s;
+    for (int g = 0; g < walk.group.n_segments; ++g) {
+      const int64_t dh = h[walk.group.segments[g].r], dw = w[walk.group.segments[g].s];
+      table[g * kTileRows + i] = (dh < 0 || dw < 0) ? t.zeros : image + dh + dw;
+    }
+    if (p.gather_r) {
+      copy_pieces(table[i], p.gather_step, p.gather_r, p.gather_bytes, gathered);
+      __builtin_memset(gathered + p.gather_r * p.gather_bytes, 0, 4);  // the other half of the last unit
+      table[i] = gathered;
+      gathered += gather_row_bytes(p.tap_units);
+    }
+    at[i] = ((walk.n * p.out_h + oh) * p.out_w + ow) * p.columns;
+    walk.next();
+  }
+}
+
+template <class T>
+FASTCONV_INLINE void conv_rows_tile(const RowsTask<T>& t, int n_rows, const char* const* table, const RowsGroup& group,
+                                    const char* panel, const int64_t* at, int64_t j) {
+  const RowsPlan& p = *t.plan;
+  constexpr int64_t kPacked = kTileCols * 4;
+  if (t.weights != RowsWeights::in_place) {
+    tile_rows_any<T>(n_rows, table, group.segments, group.n_segments, {panel, kPacked, kPacked}, t.epilogue, at, j,
+                     p.columns);
+  } else if (!t.transposed) {
+    tile_rows_unpacked<T>(n_rows, table, group.segments, group.n_segments, (const char*)t.weight,
+                          p.taps_r * p.taps_s * p.reduce * (int64_t)sizeof(T), t.epilogue, at, j, p.columns);
+  } else {  // fp32, whole panels: unit (tap, k) is c contiguous columns at (k * taps + tap) * c, and a segment is one
+            // tap
+    RowsSegment segments[kMaxInPlaceTaps];
+    for (int g = 0; g < group.n_segments; ++g) segments[g] = {group.segments[g].panel / p.tap_units, p.tap_units, 0, 0};
+    tile_rows_any<T>(n_rows, table, segments, group.n_segments,
+                     {(const char*)(t.weight + j), p.taps_r * p.taps_s * p.columns * 4, p.columns * 4}, t.epilogue, at,
+                     j, p.columns);
+  }
+}
+
+template <class T>
+void conv_rows(const RowsTask<T>& t) {
+  const RowsPlan& p = *t.plan;
+  constexpr int64_t kMaxTiles = 32;
+  int64_t at[kMaxTiles][kTileRows];
+  int rows_of[kMaxTiles];
+  const int64_t taps = p.taps_r * p.taps_s;
+  for (int64_t j0 = t.panel_begin; j0 < t.panel_end; j0 += t.panels_at_once) {
+    const int64_t j1 = j0 + t.panels_at_once < t.panel_end ? j0 + t.panels_at_once : t.panel_end;
+    const char* panels = t.weights == RowsWeights::packed ? t.packed + j0 * p.panel_bytes : t.panels;
+    if (t.weights == RowsWeights::pack) {
+      for (int64_t j = j0; j < j1; ++j) {
+        char* to = t.panels + (j - j0) * p.panel_bytes;
+        if (t.transposed)
+          pack_transpose(t.weight, p.reduce, taps, p.columns, p.tap_live, j, to);
+        else
+          pack_forward(t.weight, p.columns, taps, p.reduce, p.tap_live, j, to);
+      }
+    }
+    int64_t first = 0;  // index of the group's first tile
+    for (int64_t g = 0; g < p.n_groups; first += p.groups[g].tiles, ++g) {
+      const RowsGroup& group = p.groups[g];
+      int64_t tile = t.tile_begin > first ? t.tile_begin - first : 0;
+      const int64_t end = t.tile_end - first < group.tiles ? t.tile_end - first : group.tiles;
+      if (tile >= end) continue;
+      const int64_t base = group.rows / group.tiles,
+                    extra = group.rows % group.tiles;  // `extra` tiles have one row more
+      RowWalker walk(p, group, tile * base + (tile < extra ? tile : extra));
+      while (tile < end) {
+        const int64_t n = end - tile < t.tiles_at_once ? end - tile : t.tiles_at_once;
+        for (int64_t i = 0; i < n; ++i) {
+          rows_of[i] = (int)(base + (tile + i < extra));
+          fill_tile(t, walk, rows_of[i], t.table + i * t.table_tile, at[i],
+                    t.gathered + i * kTileRows * gather_row_bytes(p.tap_units));
+        }
+        for (int64_t j = j0; j < j1; ++j)
+          for (int64_t i = 0; i < n; ++i)
+            conv_rows_tile(t, rows_of[i], t.table + i * t.table_tile, group, panels + (j - j0) * p.panel_bytes, at[i],
+                           j * kTileCols);
+        tile += n;
+      }
+    }
+  }
+}
+
+// Packs panels [begin, end) for a caller that keeps them.
+template <class T>
+void pack_panels(const RowsPlan& p, const T* weight, bool transposed, int64_t begin, int64_t end, char* out) {
+  const int64_t taps = p.taps_r * p.taps_s;
+  for (int64_t j = begin; j < end; ++j) {
+    if (transposed)
+      pack_transpose(weight, p.reduce, taps, p.columns, p.tap_live, j, out + j * p.panel_bytes);
+    else
+      pack_forward(weight, p.columns, taps, p.reduce, p.tap_live, j, out + j * p.panel_bytes);
+  }
+}
+
+}  // namespace fastconv::cpu::FASTCONV_ISA_NS

@@ -1,0 +1,125 @@
+// What the host side (conv_rows.cpp) and the kernels (conv_rows.h, conv_rows_wgrad.h) of the row-class convolution tell
+// each other. Torch-free, no instruction set, raw pointers only: the host owns the arrays.
+#pragma once
+
+#include <cstdint>
+
+#include "../../params.h"
+#include "../types.h"
+
+namespace fastconv::cpu {
+
+// A run of consecutive 32-bit units (one fp32 channel, or two bf16 channels) that a row and the packed weights share.
+struct RowsSegment {
+  int64_t panel;  // first unit in the packed panel
+  int64_t units;
+  int32_t r, s;  // the tap that the run starts at
+};
+
+// Output positions with the same live taps: all pairs of h[0..nh) and w[0..nw), in every image.
+struct RowsClass {
+  const int32_t *h, *w;
+  int64_t nh, nw;
+};
+
+// Rows that are cut into tiles together: one class, or several small ones (then dead taps of a row read zeros).
+struct RowsGroup {
+  const RowsClass* classes;
+  const RowsSegment* segments;
+  int32_t n_classes, n_segments;
+  int64_t rows;   // of all images
+  int64_t tiles;  // rows are spread evenly over them
+};
+
+struct RowsPlan {
+  const RowsGroup* groups;
+  int64_t n_groups, n_images;
+  int64_t taps_r, taps_s;
+  // Byte offsets of the input row (h_offset[oh * taps_r + r]) and column (w_offset[ow * taps_s + s]) that a tap reads;
+  // -1: dead.
+  const int64_t *h_offset, *w_offset;
+  int64_t image_bytes;  // of the input
+  int64_t out_h, out_w;
+  int64_t reduce, columns;  // channels that are summed over; channels that come out
+  int64_t tap_units;        // units of one tap
+  int64_t panel_bytes;
+  const uint8_t* tap_live;  // [taps_r * taps_s]: some row reads it
+  // Few channels: the one segment of a row is gathered from `gather_r` pieces of the input, `gather_step` bytes apart
+  // (0: it is not).
+  int64_t gather_r, gather_bytes, gather_step;
+};
+
+template <class T>
+struct RowsEpilogue {  // y = act((acc - mean) * scale + shift + residual); any pointer but out may be null
+  T* out;
+  T* pre;  // the value before act
+  const T* residual;
+  const float* scale;
+  const float* shift;
+  Act act;
+  const float* mean = nullptr;
+};
+
+// How the weights come to the tile.
+enum class RowsWeights : int32_t { packed, pack, in_place };
+
+// One thread's share of a forward or data-gradient convolution.
+template <class T>
+struct RowsTask {
+  const RowsPlan* plan;
+  const T* input;
+  const T* weight;     // [k][r][s][c]
+  const char* packed;  // all panels, where the caller has packed them
+  RowsWeights weights;
+  bool transposed;  // data gradient: sum over k, columns c
+  RowsEpilogue<T> epilogue;
+  int64_t panel_begin, panel_end;
+  int64_t tile_begin, tile_end;
+  // Workspace, of this thread.
+  char* panels;
+  int64_t panels_at_once;
+  const char** table;  // [tiles_at_once][max segments][tile rows]
+  int64_t table_tile;  // entries of one tile
+  int64_t tiles_at_once;
+  const char* zeros;  // tap_units zero units
+  char* gathered;     // [tiles_at_once][tile rows][gather_row(tap_units)]
+};
+
+// One thread's share of a weight gradient: dw[k0..k1)[tap_begin..tap_end)[c0..c1).
+template <class T, class D>
+struct WgradTask {
+  const T* dz;  // [n][p][q][k]
+  const T* x;   // pixel (n, h, w) at ((n * h_size + h) * w_size + w) * pixel, `columns` elements from there
+  D* dw;        // [k][tap][columns]
+  int64_t n, p, q, k;
+  int64_t h_size, w_size, pixel, columns;
+  int64_t taps_r, taps_s;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int64_t k0, k1, c0, c1, tap_begin, tap_end;
+  int64_t taps_at_once;  // at most kWgradTaps
+  int64_t gather_r;      // > 0: taps are gathered; `columns` / gather_r elements from each of gather_r input rows,
+  int64_t gather_step;   // gather_step elements apart, into rows of gather_row elements, whole tiles of columns
+  int64_t gather_row;
+  // Workspace, of this thread.
+  char* a;         // kWgradRowBytes: blocks of [units][tile rows]
+  char* b;         // kWgradColumnBytes: blocks of [units][tile columns]
+  float* sum;      // [taps_at_once][kWgradK][c1 - c0], where D is narrower than fp32
+  const T** rows;  // 2 * kWgradUnits * (4 / sizeof(T)) pointers
+  T* gathered;     // [kWgradUnits * (4 / sizeof(T))][gather_row] and 64 bytes
+};
+
+constexpr int kMaxInPlaceTaps = 64;
+
+// Bytes of a gathered row: copies run up to 63 bytes over its end.
+constexpr int64_t gather_row_bytes(int64_t units) { return (units * 4 + 63) / 64 * 64 + 64; }
+
+constexpr int64_t kWgradUnits =
+    128;  // a row block of A is 8 KB and stays in L1 while it meets a few column blocks of B (32 KB each, from L2)
+constexpr int64_t kWgradK = 240;  // rows of A at once: 240 KB of L2; a multiple of 8 and of 6, the tile's rows
+constexpr int64_t kWgradColumnBytes = 136 << 10;  // columns of B at once: 4 blocks of 256 units, or 128 of 8
+constexpr int64_t kWgradDirect =
+    320;  // fp32 with fewer rows + columns is read where it lies: packing costs more than the longer strides
+constexpr int64_t kWgradTaps = 64;
+constexpr int64_t kWgradRowBytes = kWgradK * kWgradUnits * 4 + 64 * kWgradK;
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,105 @@
+// Max pooling, NHWC.   y[n,p,q,c] = max over (r,s) of x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c], inside
+// the input only.
+//
+// offsets[n,p,q,c] = r * S + s of the maximum (uint8): an eighth of PyTorch's int64 indices. First maximum wins; a NaN
+// beats everything and a later NaN beats an earlier one, as in PyTorch. Backward: dx[n,h,w,c] = sum of dy over the
+// windows whose offset points here: a gather per input position, so no atomics and a fixed order of summation.
+// Accumulation: fp32 (fp64 for double). Bytes: forward x in (windows overlap in L1), y and offsets out; backward dy and
+// offsets in, dx out, each once from memory.
+
+namespace fastconv::cpu::FASTCONV_ISA_NS {
+
+// Output positions [begin, end) of n*p*q, channels [c0, c1); offsets may be null.
+template <class T>
+void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, int64_t begin, int64_t end, int64_t c0,
+                int64_t c1) {
+  using A = acc_t<T>;
+  using V = typename Vec<T>::V;
+  using L = Lanes<A>;
+  using Mask = typename L::Mask;
+  constexpr int N = Vec<T>::N;
+  const PoolParams& a = *params;
+  const V lowest = broadcast<A>(-(A)__builtin_inf());
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t q = o % a.q, p = o / a.q % a.p, n = o / (a.q * a.p);
+    const int64_t h0 = p * a.stride_h - a.pad_h, w0 = q * a.stride_w - a.pad_w;
+    int64_t r0 = 0, r1 = a.r, s0 = 0, s1 = a.s;  // taps inside the input
+    while (r0 < r1 && h0 + r0 * a.dil_h < 0) ++r0;
+    while (r1 > r0 && h0 + (r1 - 1) * a.dil_h >= a.h) --r1;
+    while (s0 < s1 && w0 + s0 * a.dil_w < 0) ++s0;
+    while (s1 > s0 && w0 + (s1 - 1) * a.dil_w >= a.w) --s1;
+    for (int64_t c = c0; c < c1; c += N) {
+      const bool full = c + N <= c1;
+      const int rest = (int)(c1 - c);
+      V best = lowest;
+      Mask where = Mask{} + (typename L::Int)(r0 < r1 && s0 < s1 ? r0 * a.s + s0 : 0);
+      for (int64_t r = r0; r < r1; ++r) {
+        const T* row = x + ((n * a.h + h0 + r * a.dil_h) * a.w + w0) * a.c + c;
+        for (int64_t s = s0; s < s1; ++s) {
+          const V v = load(row + s * a.dil_w * a.c, full, rest);
+          const Mask take = (v > best) | (v != v);
+          best = take ? v : best;
+          if (offsets) where = take ? (Mask{} + (typename L::Int)(r * a.s + s)) : where;
+        }
+      }
+      store(y + o * a.c + c, best, full, rest);
+      if (offsets) {
+        const typename L::Bytes b = __builtin_convertvector(where, typename L::Bytes);
+        uint8_t* to = offsets + o * a.c + c;
+        if (full) {
+          *(typename L::Bytes_u*)to = b;
+        } else {
+          for (int i = 0; i < rest; ++i) to[i] = b[i];
+        }
+      }
+    }
+  }
+}
+
+// Input positions [begin, end) of n*h*w, channels [c0, c1).
+template <class T>
+void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolParams* params, int64_t begin,
+                         int64_t end, int64_t c0, int64_t c1) {
+  using A = acc_t<T>;
+  using V = typename Vec<T>::V;
+  using L = Lanes<A>;
+  using Mask = typename L::Mask;
+  constexpr int N = Vec<T>::N;
+  const PoolParams& a = *params;
+  int32_t tap[256];     // r * S + s of each window that covers this position: at most the window's area, at most 256
+  int64_t window[256];  // and that window's output position
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t w = i % a.w, h = i / a.w % a.h, n = i / (a.w * a.h);
+    int count = 0;
+    for (int64_t r = a.r - 1; r >= 0;
+         --r) {  // h = p * stride - pad + r * dil; descending taps: windows in memory order
+      const int64_t p = (h + a.pad_h - r * a.dil_h) / a.stride_h;
+      if (p * a.stride_h != h + a.pad_h - r * a.dil_h || p < 0 || p >= a.p) continue;
+      for (int64_t s = a.s - 1; s >= 0; --s) {
+        const int64_t q = (w + a.pad_w - s * a.dil_w) / a.stride_w;
+        if (q * a.stride_w != w + a.pad_w - s * a.dil_w || q < 0 || q >= a.q) continue;
+        tap[count] = (int32_t)(r * a.s + s);
+        window[count++] = (n * a.p + p) * a.q + q;
+      }
+    }
+    for (int64_t c = c0; c < c1; c += N) {
+      const bool full = c + N <= c1;
+      const int rest = (int)(c1 - c);
+      V sum{};
+      for (int k = 0; k < count; ++k) {
+        const uint8_t* from = offsets + window[k] * a.c + c;
+        typename L::Bytes b{};
+        if (full) {
+          b = *(const typename L::Bytes_u*)from;
+        } else {
+          for (int j = 0; j < rest; ++j) b[j] = from[j];
+        }
+        const Mask mine = __builtin_convertvector(b, Mask) == (Mask{} + (typename L::Int)tap[k]);
+        sum += mine ? load(dy + window[k] * a.c + c, full, rest) : V{};
+      }
+      store(dx + i * a.c + c, sum, full, rest);
+    }
+  }
+}
+
+}  // namespace fastconv::cpu::FASTCONV_ISA_NS

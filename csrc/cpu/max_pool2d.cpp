@@ -1,0 +1,93 @@
+// Host side of max_pool2d and its backward: check -> allocate -> split over threads -> kernels/max_pool2d.h.
+
+#include <torch/library.h>
+
+#include "pool_shape.h"
+
+#define FASTCONV_KERNELS "kernels/max_pool2d.h"
+#include "foreach_isa.h"
+
+namespace fastconv::cpu {
+namespace {
+
+void check_area(const char* op, const PoolParams& a) {
+  TORCH_CHECK(a.r * a.s <= 256, op, ": kernel_size expected an area of at most 256 (offsets are uint8), got ", a.r, "x",
+              a.s);
+}
+
+std::tuple<at::Tensor, at::Tensor> max_pool2d_op(const at::Tensor& input, at::IntArrayRef kernel_size,
+                                                 at::IntArrayRef stride, at::IntArrayRef padding,
+                                                 at::IntArrayRef dilation, bool ceil_mode, bool save_offsets) {
+  constexpr const char* op = "max_pool2d";
+  const PlainDispatch guard;
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 4);
+  const PoolParams a = pool_params(op, input.sizes(), kernel_size, stride, padding, dilation, ceil_mode);
+  if (save_offsets) check_area(op, a);
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::Tensor x = nhwc(input);
+  const at::Tensor y = empty_nhwc({a.n, a.c, a.p, a.q}, x.options(), format);
+  const auto bytes = x.options().dtype(at::kByte);
+  const at::Tensor offsets = save_offsets ? empty_nhwc(y.sizes(), bytes, format) : no_tensor(bytes);
+  if (y.numel() > 0) {
+    dispatch_float(op, x.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto kernel = FASTCONV_PICK(max_pool2d<T>);
+      const T* px = const_data<T>(x);
+      T* py = data<T>(y);
+      uint8_t* po = data<uint8_t>(offsets);
+      parallel_positions(
+          a.n * a.p * a.q, a.c, y.numel() * a.r * a.s,
+          [&](int64_t begin, int64_t end, int64_t c0, int64_t c1) { kernel(px, py, po, &a, begin, end, c0, c1); });
+    });
+  }
+  return {to_format(y, format), save_offsets ? to_format(offsets, format) : offsets};
+}
+
+at::Tensor max_pool2d_backward_op(const at::Tensor& grad_output, const at::Tensor& offsets, at::IntArrayRef input_size,
+                                  at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                  at::IntArrayRef dilation, bool channels_last) {
+  constexpr const char* op = "max_pool2d_backward";
+  const PlainDispatch guard;
+  check_float(op, "grad_output", grad_output);
+  check_dim(op, "grad_output", grad_output, 4);
+  check_device(op, "offsets", offsets, grad_output);
+  check_dtype(op, "offsets", offsets, at::kByte);
+  check_sizes(op, "offsets", offsets, grad_output.sizes());
+  check_pair(op, "input_size", input_size, 1);
+  const int64_t sizes[4] = {grad_output.size(0), grad_output.size(1), input_size[0], input_size[1]};
+  PoolParams a = pool_params(op, sizes, kernel_size, stride, padding, dilation, false);
+  check_area(op, a);
+  // Whether the forward pass rounded up is seen from the output's size.
+  const int64_t p = pool_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h, true),
+                q = pool_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w, true);
+  const int64_t got_p = grad_output.size(2), got_q = grad_output.size(3);
+  TORCH_CHECK((got_p == a.p && got_q == a.q) || (got_p == p && got_q == q), op, ": grad_output expected spatial size ",
+              a.p, "x", a.q, " (or ", p, "x", q, " with ceil_mode), got ", got_p, "x", got_q);
+  a.p = got_p, a.q = got_q;
+  const at::MemoryFormat format = memory_format(channels_last);
+  const at::Tensor g = nhwc(grad_output), o = nhwc(offsets);
+  const at::Tensor dx = empty_nhwc(sizes, g.options(), format);
+  if (dx.numel() > 0) {
+    dispatch_float(op, g.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto kernel = FASTCONV_PICK(max_pool2d_backward<T>);
+      const T* pg = const_data<T>(g);
+      const uint8_t* po = const_data<uint8_t>(o);
+      T* pd = data<T>(dx);
+      parallel_positions(
+          a.n * a.h * a.w, a.c, dx.numel() + g.numel(),
+          [&](int64_t begin, int64_t end, int64_t c0, int64_t c1) { kernel(pg, po, pd, &a, begin, end, c0, c1); });
+    });
+  }
+  return to_format(dx, format);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
+  m.impl("max_pool2d", &max_pool2d_op);
+  m.impl("max_pool2d_backward", &max_pool2d_backward_op);
+}
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,70 @@
+// How the per-channel kernels split [rows, channels] over threads.
+//
+// Sums over rows are formed per span of rows and then joined in order. The spans depend on the number of rows alone, so
+// that results do not depend on the number of threads. Threads own channels where there are enough of them (then a
+// forward pass needs one parallel region); else they share the spans.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastconv::cpu {
+
+constexpr int64_t kSerialElements = 16384;  // below: a parallel region (1-3 us) costs more than it saves
+constexpr int64_t kChannelBlock = 32;       // 128 bytes of fp32, 64 of bf16: threads never share a cache line
+
+struct Spans {
+  int64_t rows, channels;
+  int64_t span;  // rows per span, a multiple of 64
+  int64_t spans;
+  int64_t parts;  // channel parts
+  int64_t width;  // channels per part, a multiple of kChannelBlock
+  bool threads_own_channels;
+
+  Spans(int64_t rows, int64_t channels) : rows(rows), channels(channels) {
+    span = std::max<int64_t>(64, (rows + 64 * 64 - 1) / (64 * 64) * 64);
+    spans = std::max<int64_t>(1, (rows + span - 1) / span);
+    const int64_t threads = rows * channels < kSerialElements ? 1 : at::get_num_threads();
+    const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
+    width = std::max<int64_t>(1, (blocks + threads - 1) / threads) * kChannelBlock;
+    parts = std::max<int64_t>(1, (channels + width - 1) / width);
+    if (parts < threads && spans > 1) {  // too few channels: one part, threads share the spans
+      width = std::max<int64_t>(channels, 1);
+      parts = 1;
+      threads_own_channels = false;
+    } else {
+      threads_own_channels = true;
+    }
+  }
+
+  int64_t row_begin(int64_t i) const { return i * span; }
+  int64_t row_end(int64_t i) const { return std::min(rows, (i + 1) * span); }
+  int64_t channel_begin(int64_t j) const { return j * width; }
+  int64_t channel_end(int64_t j) const { return std::min(channels, (j + 1) * width); }
+};
+
+// f(begin, end) over tasks; on one thread if there is little work in all.
+template <class F>
+void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
+  if (tasks <= 0) return;
+  if (elements < kSerialElements || tasks == 1) {
+    f(int64_t{0}, tasks);
+  } else {
+    at::parallel_for(0, tasks, std::max<int64_t>(1, tasks * kSerialElements / 2 / std::max<int64_t>(1, elements)), f);
+  }
+}
+
+// f(span, r0, r1, c0, c1) over the grid; a thread gets neighbouring spans of the same channels.
+template <class F>
+void parallel_spans(const Spans& s, const F& f) {
+  parallel_tasks(s.parts * s.spans, s.rows * s.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t j = t / s.spans, i = t % s.spans;
+      f(i, s.row_begin(i), s.row_end(i), s.channel_begin(j), s.channel_end(j));
+    }
+  });
+}
+
+}  // namespace fastconv::cpu

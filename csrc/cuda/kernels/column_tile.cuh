@@ -1,0 +1,114 @@
+// How the channel-wise kernels cover a [rows, channels] matrix (NHWC with n h w flattened): the mapping and its
+// reduction.
+//
+// A block of kColumnThreads threads is tx (channel vectors) x ty (rows); tx is the power of two that covers the
+// channels, at most 32, so that a warp reads whole rows or a 32-vector run of one. grid.x covers the channels, grid.y
+// cuts the rows into chunks. A thread keeps its N channels and walks down its chunk, so per-channel values stay in
+// registers.
+#pragma once
+
+#include "common.cuh"
+
+namespace fastconv {
+
+constexpr int kColumnThreads = 256;
+
+struct ColumnShape {
+  int64_t rows;
+  int channels;
+  int64_t chunk_rows;  // rows of one chunk; chunk i holds min(chunk_rows, rows - i * chunk_rows)
+  int tx_log2;
+};
+
+inline int column_chunks(const ColumnShape& s) { return static_cast<int>(ceil_div64(s.rows, s.chunk_rows)); }
+
+// target_blocks: about how many blocks the machine can use at once; one chunk holds at least min_rows rows.
+inline ColumnShape column_shape(int64_t rows, int channels, int vec, int target_blocks, int min_rows) {
+  int tx_log2 = 0;
+  while (tx_log2 < 5 && (vec << tx_log2) < channels) ++tx_log2;
+  int64_t tiles = ceil_div(channels, vec << tx_log2);
+  int64_t chunks = ceil_div64(target_blocks, tiles);
+  int64_t most = ceil_div64(rows, min_rows);
+  if (chunks > most) chunks = most;
+  if (chunks > 65535) chunks = 65535;
+  if (chunks < 1) chunks = 1;
+  return {rows, channels, ceil_div64(rows, chunks), tx_log2};
+}
+
+template <int N>
+inline dim3 column_grid(const ColumnShape& s) {
+  return dim3(ceil_div(s.channels, N << s.tx_log2), column_chunks(s));
+}
+
+// One thread's part: channels [c, c + N) (none if !active), rows row, row + step, ... below end.
+template <int N>
+struct ColumnThread {
+  int c, x, y, tx, ty;
+  int64_t row, end, step;
+  bool active;
+  __device__ __forceinline__ explicit ColumnThread(const ColumnShape& s) {
+    tx = 1 << s.tx_log2;
+    ty = kColumnThreads >> s.tx_log2;
+    x = threadIdx.x & (tx - 1);
+    y = threadIdx.x >> s.tx_log2;
+    c = (blockIdx.x * tx + x) * N;
+    active = c < s.channels;  // N divides channels, or N is 1
+    int64_t first = blockIdx.y * s.chunk_rows;
+    row = first + y;
+    end = active ? (first + s.chunk_rows < s.rows ? first + s.chunk_rows : s.rows) : 0;
+    step = ty;
+  }
+};
+
+// Sums of `values` over the ty rows of threads, in a fixed order; afterwards every thread of a column holds them.
+// shared: kColumnThreads * N floats. Barriers inside: every thread of the block must call it.
+template <int N>
+__device__ __forceinline__ void column_sum(float (&values)[N], const ColumnThread<N>& t, float* shared) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) shared[(j * t.ty + t.y) * t.tx + t.x] = values[j];
+  __syncthreads();  // all values are there
+  for (int half = t.ty / 2; half > 0; half /= 2) {
+    if (t.y < half) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) shared[(j * t.ty + t.y) * t.tx + t.x] += shared[(j * t.ty + t.y + half) * t.tx + t.x];
+    }
+    __syncthreads();  // this level is summed
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) values[j] = shared[j * t.ty * t.tx + t.x];
+  __syncthreads();  // shared may be used again
+}
+
+// Per-channel parameters come as fp32 or in the tensor's own dtype (a bf16 model has bf16 or fp32 batch-norm weights).
+struct ChannelVector {
+  const void* data = nullptr;  // null: absent
+  bool is_float = true;
+  template <class T>
+  __device__ __forceinline__ float get(int c, float absent) const {
+    if (!data) return absent;
+    return is_float ? static_cast<const float*>(data)[c] : to_float(static_cast<const T*>(data)[c]);
+  }
+};
+struct ChannelVectorOut {
+  void* data = nullptr;
+  bool is_float = true;
+  template <class T>
+  __device__ __forceinline__ void set(int c, float x) const {
+    if (!data) return;
+    if (is_float) {
+      static_cast<float*>(data)[c] = x;
+    } else {
+      static_cast<T*>(data)[c] = from_float<T>(x);
+    }
+  }
+  template <class T>
+  __device__ __forceinline__ float get(int c) const {
+    return ChannelVector{data, is_float}.template get<T>(c, 0.0f);
+  }
+};
+
+// One channel's total over partial sums [chunks][channels]: 8 slices of the chunks per block of 32 channels, fixed
+// order.
+constexpr int kMergeChannels = 32, kMergeSlices = 8;
+
+}  // namespace fastconv

@@ -1,0 +1,71 @@
+"""One suite over every backend: the ``backend`` fixture runs a test once per name of fastconv.backends()."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+# Threads that wait sleep instead of spinning: the suite shares its cores with whatever else runs there. Before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import torch  # noqa: E402
+
+import fastconv  # noqa: E402
+from fastconv.ops import registry  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend that can run here, and the device its tests put their tensors on."""
+
+    name: str
+    device: str
+
+    @property
+    def fp64(self) -> bool:
+        """Whether it runs float64 (the GPU kernels leave it to aten): gradcheck and exact comparisons need it."""
+        return self.name in ("aten", "cpu")
+
+    @property
+    def fused(self) -> bool:
+        """Whether fastconv's own kernels run (aten is stock PyTorch)."""
+        return self.name != "aten"
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """Same seed and threads for every test; the backend choice, the threads and what was logged do not leak."""
+    torch.manual_seed(0)
+    before, told, threads = fastconv.ops.current_backend(), set(registry._told), torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+    fastconv.use_backend(before)
+    registry._told.clear()
+    registry._told.update(told)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # A skip raised here, and not in the fixture, is reported as one counted line per backend and reason.
+    for fixture in ("backend", "kernels"):
+        name = getattr(item, "callspec", None) and item.callspec.params.get(fixture)
+        if name and not fastconv.backends()[name]:
+            pytest.skip(f"backend {name}: {fastconv.backends()[name].reason}")
+
+
+@pytest.fixture(params=["aten", "cpu", "cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Chooses the backend explicitly, so that a call that it cannot run raises instead of falling back unseen."""
+    name = request.param
+    with fastconv.use_backend(name):
+        # With TRITON_INTERPRET=1 the Triton kernels run on CPU tensors.
+        gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+        yield Backend(name, "cuda" if gpu else "cpu")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> Backend:
+    """A device with compiled kernels, for tests of the raw operators."""
+    return Backend(request.param, request.param)

@@ -1,0 +1,208 @@
+"""Compiles every CUDA kernel for every architecture, without a GPU, and writes resources.md: registers, shared memory,
+spills, resident blocks, and the instructions that the design promises (HMMA, LDSM, LDGSTS, 128-bit accesses).
+
+    python tests/simt/resources.py [--arch sm_90a ...] [--family conv ...] [--jobs 2]
+
+Needs nvcc; the instruction counts also need cuobjdump (the toolkit's, or the one that comes with triton). The cubins
+are kept under build/simt/cubin by content, so a second run only compiles what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import simt_lib
+
+ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
+FAMILIES = ["conv", "norm", "pool", "loss"]
+DTYPES = {"fp32": "float", "fp16": "__half", "bf16": "__nv_bfloat16"}
+# Registers and shared memory of one SM; sm_120 is a consumer part with less of the latter.
+SM_REGISTERS = 65536
+SM_SMEM = {"sm_80": 164, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
+SM_THREADS = {"sm_80": 2048, "sm_90a": 2048, "sm_100": 2048, "sm_120": 1536}
+PATTERNS = {
+    "HMMA": r"\bHMMA",
+    "LDSM": r"\bLDSM",
+    "LDGSTS": r"\bLDGSTS",
+    "LDG128": r"\bLDG\S*\.128",
+    "STG128": r"\bSTG\S*\.128",
+    "FFMA": r"\bFFMA",
+}
+CUBINS = simt_lib.BUILD / "cubin"
+
+
+def cuobjdump() -> str | None:
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(found) if found.exists() else None
+
+
+def compile_one(family: str, dtype: str, arch: str) -> tuple[Path, str]:
+    """The cubin of one family and dtype, and ptxas's report."""
+    source = simt_lib.HERE / "compile" / f"{family}.cu"
+    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-DFASTCONV_DTYPE={DTYPES[dtype]}"]
+    digest = hashlib.sha256("\0".join(command).encode() + source.read_bytes())
+    for header in sorted(simt_lib.KERNELS.glob("*.cuh")):
+        digest.update(header.read_bytes())
+    cubin = CUBINS / f"{family}-{dtype}-{arch}-{digest.hexdigest()[:16]}.cubin"
+    log = cubin.with_suffix(".log")
+    if not log.exists():
+        CUBINS.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            [*command, f"-I{simt_lib.KERNELS}", str(source), "-o", str(cubin)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{family}.cu does not compile for {arch}:\n{done.stderr[:4000]}")
+        log.write_text(done.stderr)
+    return cubin, log.read_text()
+
+
+def demangle(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    out = []
+    for line in done.stdout.splitlines():
+        name = re.sub(r"^void ", "", line).replace("fastconv::", "")
+        depth = 0
+        for i, ch in enumerate(name):  # cut the parameter list: the first '(' outside <>
+            depth += (ch == "<") - (ch == ">")
+            if ch == "(" and depth == 0 and i > 0:
+                name = name[:i]
+                break
+        name = (
+            name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("(PoolKind)", "").replace(" >", ">")
+        )
+        out.append(re.sub(r"<float", "<fp32", name))
+    return out
+
+
+def parse_log(log: str) -> dict[str, dict]:
+    """Mangled name -> registers, spill bytes, static shared memory."""
+    kernels, name = {}, None
+    for line in log.splitlines():
+        if m := re.search(r"Compiling entry function '(\S+)'", line):
+            name = m[1]
+            kernels[name] = {"registers": 0, "spill": 0, "smem": 0}
+        elif name and (m := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+            kernels[name]["spill"] = int(m[1]) + int(m[2])
+        elif name and (m := re.search(r"Used (\d+) registers", line)):
+            kernels[name]["registers"] = int(m[1])
+            if m := re.search(r"(\d+) bytes smem", line):
+                kernels[name]["smem"] = int(m[1])
+    return kernels
+
+
+def parse_sass(cubin: Path) -> dict[str, dict[str, int]]:
+    """Mangled name -> counts of the PATTERNS; empty without cuobjdump."""
+    tool = cuobjdump()
+    if tool is None:
+        return {}
+    cached = cubin.with_suffix(".sass.json")
+    if not cached.exists():
+        text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        counts: dict[str, dict[str, int]] = {}
+        for part in text.split("Function : ")[1:]:
+            name, body = part.split("\n", 1)
+            counts[name.strip()] = {key: len(re.findall(pattern, body)) for key, pattern in PATTERNS.items()}
+        cached.write_text(json.dumps(counts))
+    return json.loads(cached.read_text())
+
+
+def dynamic_memory() -> dict[str, tuple[int, int]]:
+    """Traits -> threads, dynamic shared memory, of the convolution kernels."""
+    lib = simt_lib.library("conv").lib
+    lib.simt_conv_table.restype = ctypes.c_char_p
+    table = {}
+    for line in lib.simt_conv_table().decode().splitlines():
+        name, threads, smem = line.split("|")
+        table[demangle([name])[0]] = (int(threads), int(smem))
+    return table
+
+
+def threads_of(kernel: str, dynamic: dict) -> tuple[int, int]:
+    if m := re.match(r"conv_(?:gemm|wgrad)_kernel<(.*)>$", kernel):
+        return dynamic[m[1]]
+    known = {"cross_entropy_finish": 1024, "max_pool": 128, "avg_pool": 128, "depthwise_kernel": 128}
+    return next((n for key, n in known.items() if kernel.startswith(key)), 256), 0
+
+
+def gather(archs: list[str], families: list[str], dtypes: list[str], jobs: int = 2) -> dict[str, dict[str, dict]]:
+    """kernel -> arch -> its numbers."""
+    work = [(f, d, a) for a in archs for f in families for d in dtypes]
+    with ThreadPoolExecutor(jobs) as pool:
+        built = list(pool.map(lambda w: compile_one(*w), work))
+    dynamic = dynamic_memory()
+    table: dict[str, dict[str, dict]] = {}
+    for (_, _, arch), (cubin, log) in zip(work, built, strict=True):
+        numbers, sass = parse_log(log), parse_sass(cubin)
+        for mangled, name in zip(numbers, demangle(list(numbers)), strict=True):
+            entry = dict(numbers[mangled], **sass.get(mangled, {}))
+            entry["threads"], extra = threads_of(name, dynamic)
+            entry["smem"] += extra
+            by_registers = SM_REGISTERS // (-(-entry["registers"] // 8) * 8 * entry["threads"])
+            by_smem = SM_SMEM[arch] * 1024 // (entry["smem"] + 1024)  # 1 KiB of each block is the system's
+            entry["blocks"] = min(by_registers, by_smem, SM_THREADS[arch] // entry["threads"], 32)
+            table.setdefault(name, {})[arch] = entry
+    return table
+
+
+def render(table: dict[str, dict[str, dict]], archs: list[str]) -> str:
+    lines = [
+        "# Resources of the CUDA kernels",
+        "",
+        "Written by `python tests/simt/resources.py` (nvcc, no GPU). Per architecture:",
+        "registers / resident blocks per SM, `!n` = n bytes spilled. Shared memory in bytes, dynamic included.",
+        f"Instruction counts are static, of {archs[-1] if 'sm_90a' not in archs else 'sm_90a'}.",
+        "",
+    ]
+    counted = "sm_90a" if "sm_90a" in archs else archs[-1]
+    head = ["kernel", "threads", "smem", *archs, *PATTERNS]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name in sorted(table):
+        row = table[name]
+        any_arch = next(iter(row.values()))
+        cells = [f"`{name}`", str(any_arch["threads"]), str(any_arch["smem"])]
+        for arch in archs:
+            e = row.get(arch)
+            cells.append(
+                "" if e is None else f"{e['registers']} / {e['blocks']}" + (f" !{e['spill']}" if e["spill"] else "")
+            )
+        cells += [str(row.get(counted, {}).get(p, "")) for p in PATTERNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    spills = [f"{n} ({a})" for n, row in table.items() for a, e in row.items() if e["spill"]]
+    lines += [
+        "",
+        f"{len(table)} kernels, {sum(len(r) for r in table.values())} compilations, {len(spills)} with spills"
+        + (": " + ", ".join(spills) if spills else "."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=ARCHS)
+    parser.add_argument("--family", nargs="+", default=FAMILIES)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=simt_lib.HERE / "resources.md")
+    args = parser.parse_args()
+    text = render(gather(args.arch, args.family, list(DTYPES), args.jobs), args.arch)
+    args.out.write_text(text)
+    print(text.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Calls the convolution kernels in the emulator and states what they must return, in plain PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from simt_lib import ACTIVATIONS, DTYPES, dense_nhwc, guarded, library, pointer, to_nhwc
+
+_POINTERS = ["a", "b", "bias", "residual", "grad_saved", "scale", "shift", "pro_scale", "pro_shift", "out", "preact"]
+_POINTERS += ["stat_mean", "stat_m2", "partial"]
+_SHAPE = [
+    "n",
+    "h",
+    "w",
+    "c",
+    "k",
+    "r",
+    "s",
+    "p",
+    "q",
+    "stride_h",
+    "stride_w",
+    "pad_h",
+    "pad_w",
+    "dil_h",
+    "dil_w",
+    "groups",
+]
+_INTS = ["dtype", "act", "pro_act", "tile", "splits", "tensor", "kind"]
+
+
+class ConvCall(ctypes.Structure):
+    """Mirror of ConvCall in driver_conv.cpp."""
+
+    _fields_ = [(f, ctypes.c_void_p) for f in _POINTERS] + [(f, ctypes.c_int) for f in _SHAPE + _INTS]
+
+
+@dataclass
+class Case:
+    """A convolution: batch, input channels, height, width, output channels, filter, and its options."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int = 3
+    s: int = 3
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def out_size(self) -> tuple[int, int]:
+        sizes = []
+        for size, taps, i in ((self.h, self.r, 0), (self.w, self.s, 1)):
+            sizes.append((size + 2 * self.padding[i] - self.dilation[i] * (taps - 1) - 1) // self.stride[i] + 1)
+        return sizes[0], sizes[1]
+
+    def x_shape(self):
+        return (self.n, self.c, self.h, self.w)
+
+    def w_shape(self):
+        return (self.k, self.c // self.groups, self.r, self.s)
+
+    def y_shape(self):
+        return (self.n, self.k, *self.out_size())
+
+    def kwargs(self):
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+    def __str__(self):
+        text = f"n{self.n}c{self.c}k{self.k}-{self.h}x{self.w}-{self.r}x{self.s}"
+        for name, value, default in (
+            ("s", self.stride, (1, 1)),
+            ("p", self.padding, (1, 1)),
+            ("d", self.dilation, (1, 1)),
+        ):
+            text += "" if value == default else f"-{name}{value[0]}{value[1]}"
+        return text + (f"-g{self.groups}" if self.groups > 1 else "")
+
+
+def run(
+    kind: str,
+    case: Case,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    tile: int | None = None,
+    splits: int = 1,
+    tensor: bool = True,
+    act: str = "identity",
+    seed: int = 0,
+    pro_act: str = "identity",
+    offset: int = 0,
+    stats: bool = False,
+    depthwise: bool = False,
+    guard: bool = False,
+    **extra: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict]:
+    """kind fprop (a = x, b = w), dgrad (a = dy, b = w) or wgrad (a = dy, b = x). Returns the result and a dict with the
+    statistics partials, the tile's rows and the emulator's counters. offset: of `a` in its storage (unaligned access);
+    guard: the operands end where mapped memory ends."""
+    lib = library("conv")
+    shape = {"fprop": case.y_shape(), "dgrad": case.x_shape(), "wgrad": case.w_shape()}[kind]
+    out = dense_nhwc(shape, a.dtype)
+    held = [to_nhwc(a, offset), to_nhwc(b)]
+    if guard:
+        held = [guarded(t) for t in held]
+    call = ConvCall(a=pointer(held[0]), b=pointer(held[1]), out=pointer(out))
+    for name, value in extra.items():
+        if value is not None:
+            if value.dim() == 4 and name != "preact":
+                value = to_nhwc(value)
+            held.append(value)
+            setattr(call, name, pointer(value))
+    p, q = case.out_size()
+    values = [case.n, case.h, case.w, case.c, case.k, case.r, case.s, p, q, *case.stride, *case.padding, *case.dilation]
+    for name, value in zip(_SHAPE, [*values, case.groups], strict=True):
+        setattr(call, name, value)
+    call.dtype, call.act, call.pro_act = DTYPES[a.dtype], ACTIVATIONS.index(act), ACTIVATIONS.index(pro_act)
+    tile = (0 if kind == "wgrad" else 2) if tile is None else tile
+    call.tile, call.splits, call.tensor, call.kind = (
+        tile,
+        splits,
+        int(tensor),
+        ["fprop", "dgrad", "wgrad"].index(kind) + 3 * depthwise,
+    )
+    if splits > 1:
+        partial = torch.full((splits * out.numel(),), float("nan"))
+        held.append(partial)
+        call.partial = pointer(partial)
+    info: dict = {}
+    if stats:
+        rows = lib.lib.simt_conv_tile_rows(ctypes.byref(call))
+        tiles = -(-case.n * p * q // rows)
+        info = {
+            "rows": rows,
+            "mean": torch.full((tiles, case.k), float("nan")),
+            "m2": torch.full((tiles, case.k), float("nan")),
+        }
+        call.stat_mean, call.stat_m2 = pointer(info["mean"]), pointer(info["m2"])
+    lib.call("simt_conv", ctypes.byref(call), seed=seed)
+    info["counters"] = lib.counters
+    return out, info
+
+
+def expected(kind: str, case: Case, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same, by PyTorch in fp64."""
+    a, b = a.double(), b.double()
+    if kind == "fprop":
+        return F.conv2d(a, b, **case.kwargs())
+    if kind == "dgrad":
+        return torch.nn.grad.conv2d_input(case.x_shape(), b, a, **case.kwargs())
+    return torch.nn.grad.conv2d_weight(b, case.w_shape(), a, **case.kwargs())
+
+
+def operands(kind: str, case: Case, dtype: torch.dtype, make) -> tuple[torch.Tensor, torch.Tensor]:
+    shapes = {
+        "fprop": (case.x_shape(), case.w_shape()),
+        "dgrad": (case.y_shape(), case.w_shape()),
+        "wgrad": (case.y_shape(), case.x_shape()),
+    }[kind]
+    return make(shapes[0], dtype), make(shapes[1], dtype)

@@ -1,0 +1,353 @@
+"""Activation backward + bias gradient and batch-norm kernels in the emulator, against fp64 PyTorch."""
+
+import ctypes
+
+import pytest
+import simt_lib
+import torch
+import torch.nn.functional as F
+from simt_lib import ACTIVATIONS, DTYPES, SAVES_OUTPUT, assert_close, integers, library, pointer, tolerance
+
+pytestmark = pytest.mark.skipif(simt_lib.missing() is not None, reason=str(simt_lib.missing()))
+
+ALL = [torch.float32, torch.float16, torch.bfloat16]
+# rows, channels: below and above the one-launch limit, fewer channels than a warp, odd, more than 32 vectors
+SHAPES = [(4, 64), (37, 16), (300, 24), (700, 264), (530, 7), (257, 1), (2, 33)]
+
+
+def activation(name):
+    return {"identity": lambda t: t, "gelu": F.gelu}.get(name) or getattr(torch, name, None) or getattr(F, name)
+
+
+def unaligned(t):
+    """The same values one element into a buffer."""
+    out = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+    out.copy_(t)
+    return out
+
+
+def act_backward(grad, saved, act, want=(True, True), seed=0, blocks=8, min_rows=16):
+    lib = library("norm")
+    rows, channels = grad.shape
+    out = torch.full_like(grad, float("nan")) if want[0] else None
+    bias = torch.full((channels,), float("nan"), dtype=grad.dtype) if want[1] else None
+    partial = torch.full((64 * channels,), float("nan")) if want[1] else None
+    chunks = [lib.lib.simt_act_chunks(ctypes.c_int64(rows), channels, v, blocks, min_rows) for v in (1, 4, 8)]
+    assert max(chunks) <= 64
+    lib.call(
+        "simt_act_backward",
+        DTYPES[grad.dtype],
+        ctypes.c_void_p(pointer(grad)),
+        ctypes.c_void_p(pointer(saved)),
+        ctypes.c_void_p(pointer(out)),
+        ctypes.c_void_p(pointer(partial)),
+        ctypes.c_void_p(pointer(bias)),
+        ACTIVATIONS.index(act),
+        ctypes.c_int64(rows),
+        channels,
+        blocks,
+        min_rows,
+        seed=seed,
+    )
+    return out, bias
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ALL)
+def test_act_backward_exact(shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    grad, saved = integers(shape, dtype, generator), integers(shape, dtype, generator)
+    want = grad * (saved > 0)
+    for seed, (g, s) in enumerate([(grad, saved), (unaligned(grad), saved)]):
+        got, bias = act_backward(g, s, "relu", seed=seed)
+        assert torch.equal(got, want)
+        assert torch.equal(bias, want.double().sum(0).to(dtype))
+    only, none = act_backward(grad, saved, "relu", want=(True, False))
+    assert none is None and torch.equal(only, want)
+    none, bias = act_backward(grad, None, "identity", want=(False, True))
+    assert none is None and torch.equal(bias, grad.double().sum(0).to(dtype))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_act_backward_formulas(act):
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(40, 24, generator=generator)
+    x = torch.randn(40, 24, generator=generator) * 3
+    x[0, :6] = torch.tensor([0.0, 3.0, -3.0, 6.0, 30.0, -30.0])
+    leaf = x.double().requires_grad_()
+    out = activation(act)(leaf)
+    out.backward(grad.double())
+    saved = out.detach().float() if act in SAVES_OUTPUT else x
+    got, _ = act_backward(grad, saved, act)
+    skip = torch.zeros(40, 24, dtype=torch.bool)
+    if act == "hardswish":  # at the kinks at +-3 either one-sided derivative is a subgradient
+        skip[0, 1:3] = True
+    assert_close(got[~skip], leaf.grad[~skip], 1e-5, 1e-5)
+
+
+def test_act_backward_nan_as_pytorch():
+    saved = torch.tensor([[float("nan"), 1.0, -1.0, 0.0]])
+    grad = torch.ones(1, 4)
+    for act, op in (("relu", torch.ops.aten.threshold_backward),):
+        got, _ = act_backward(grad, saved, act)
+        assert torch.equal(got, op(grad, saved, 0))
+
+
+class NormCall(ctypes.Structure):
+    _fields_ = [
+        (f, ctypes.c_void_p)
+        for f in [
+            "x",
+            "residual",
+            "weight",
+            "bias",
+            "y",
+            "running_mean",
+            "running_var",
+            "batches",
+            "save_mean",
+            "save_invstd",
+            "part_mean",
+            "part_m2",
+        ]
+    ]
+    _fields_ += [(f, ctypes.c_int64) for f in ["rows", "part_rows"]]
+    _fields_ += [
+        (f, ctypes.c_int) for f in ["dtype", "params_float", "channels", "training", "act", "blocks", "min_rows"]
+    ]
+    _fields_ += [("momentum", ctypes.c_float), ("eps", ctypes.c_float)]
+
+
+def norm(
+    x,
+    *,
+    residual=None,
+    weight=None,
+    bias=None,
+    running_mean=None,
+    running_var=None,
+    batches=None,
+    training=True,
+    momentum=0.1,
+    eps=1e-5,
+    act="relu",
+    seed=0,
+    parts=None,
+    blocks=8,
+    min_rows=32,
+):
+    rows, channels = x.shape
+    y = torch.full_like(x, float("nan"))
+    save_mean, save_invstd = torch.full((channels,), float("nan")), torch.full((channels,), float("nan"))
+    part_mean, part_m2 = parts[1:] if parts else (torch.full((64 * channels,), float("nan")) for _ in range(2))
+    call = NormCall(
+        *(
+            pointer(t)
+            for t in (
+                x,
+                residual,
+                weight,
+                bias,
+                y,
+                running_mean,
+                running_var,
+                batches,
+                save_mean,
+                save_invstd,
+                part_mean,
+                part_m2,
+            )
+        )
+    )
+    call.rows, call.part_rows, call.dtype, call.channels = rows, parts[0] if parts else 0, DTYPES[x.dtype], channels
+    typed = next((t for t in (weight, bias, running_mean) if t is not None), None)
+    call.params_float = int(typed is None or typed.dtype == torch.float32)
+    call.training, call.act, call.blocks, call.min_rows = int(training), ACTIVATIONS.index(act), blocks, min_rows
+    call.momentum, call.eps = -1.0 if momentum is None else momentum, eps
+    library("norm").call("simt_batch_norm", ctypes.byref(call), seed=seed)
+    return y, save_mean, save_invstd
+
+
+def norm_reference(x, residual, weight, bias, mean, var, eps, act):
+    d = [None if t is None else t.double() for t in (x, residual, weight, bias, mean, var)]
+    z = F.batch_norm(d[0], d[4], d[5], d[2], d[3], training=mean is None, eps=eps)
+    return activation(act)(z if residual is None else z + d[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ALL)
+def test_batch_norm_training(shape, dtype):
+    generator = torch.Generator().manual_seed(3)
+    rows, channels = shape
+    x = (torch.randn(shape, generator=generator) * 2 + 30).to(dtype)  # mean >> deviation
+    residual = torch.randn(shape, generator=generator).to(dtype)
+    for params, seed in ((torch.float32, 0), (dtype, 5)):
+        weight, bias = (torch.randn(channels, generator=generator).to(params) for _ in range(2))
+        running = [
+            torch.randn(channels, generator=generator).to(params),
+            torch.rand(channels, generator=generator).to(params),
+        ]
+        old = [t.clone().double() for t in running]
+        batches = torch.tensor(6)
+        y, mean, invstd = norm(
+            x,
+            residual=residual,
+            weight=weight,
+            bias=bias,
+            running_mean=running[0],
+            running_var=running[1],
+            batches=batches,
+            momentum=0.3,
+            seed=seed,
+        )
+        xd = x.double()
+        assert_close(mean, xd.mean(0), 1e-6, 1e-6)
+        assert_close(invstd, 1 / torch.sqrt(xd.var(0, unbiased=False) + 1e-5), 2e-5, 0)
+        assert_close(running[0], 0.7 * old[0] + 0.3 * xd.mean(0), tolerance(params) * 2, 1e-5)
+        assert_close(running[1], 0.7 * old[1] + 0.3 * xd.var(0), tolerance(params) * 2, 1e-5)
+        assert batches.item() == 7
+        want = norm_reference(x, residual, weight, bias, None, None, 1e-5, "relu")
+        assert_close(y, want, tolerance(dtype) * 1.5, 2e-4)
+
+
+def test_batch_norm_cumulative_and_untracked():
+    generator = torch.Generator().manual_seed(4)
+    for rows in (8, 400):
+        x = torch.randn(rows, 40, generator=generator)
+        mean, var, batches = torch.zeros(40), torch.ones(40), torch.tensor(3)
+        norm(x, running_mean=mean, running_var=var, batches=batches, momentum=None)
+        assert_close(mean, x.double().mean(0) / 4, 1e-5, 1e-6)
+        assert_close(var, 0.75 + x.double().var(0) / 4, 1e-5, 1e-6)
+        assert batches.item() == 4
+        y, _, _ = norm(unaligned(x), act="identity", seed=1)
+        assert_close(y, norm_reference(x, None, None, None, None, None, 1e-5, "identity"), 1e-5, 1e-5)
+    with pytest.raises(RuntimeError, match="more than one value"):
+        norm(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_batch_norm_eval(act):
+    generator = torch.Generator().manual_seed(5)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual = (torch.randn(50, 24, generator=generator).to(dtype) for _ in range(2))
+        weight, bias, mean = (torch.randn(24, generator=generator) for _ in range(3))
+        var = torch.rand(24, generator=generator) + 0.1
+        keep = mean.clone(), var.clone()
+        y, save_mean, save_invstd = norm(
+            x, residual=residual, weight=weight, bias=bias, running_mean=mean, running_var=var, training=False, act=act
+        )
+        assert torch.equal(mean, keep[0]) and torch.equal(var, keep[1]) and torch.equal(save_mean, mean)
+        assert_close(save_invstd, 1 / torch.sqrt(var.double() + 1e-5), 1e-6, 0)
+        assert_close(y, norm_reference(x, residual, weight, bias, mean, var, 1e-5, act), tolerance(dtype), 2e-5)
+
+
+def test_batch_norm_from_convolution_partials():
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(150, 24, generator=generator) + 20
+    parts = [x[i : i + 64].double() for i in range(0, 150, 64)]
+    mean = torch.stack([t.mean(0) for t in parts]).float()
+    m2 = torch.stack([((t - t.mean(0)) ** 2).sum(0) for t in parts]).float()
+    y, save_mean, _ = norm(x, parts=(64, mean, m2), act="identity")
+    assert_close(save_mean, x.double().mean(0), 1e-6, 1e-6)
+    assert_close(y, norm_reference(x, None, None, None, None, None, 1e-5, "identity"), 2e-5, 2e-5)
+
+
+class NormBackwardCall(ctypes.Structure):
+    _fields_ = [
+        (f, ctypes.c_void_p)
+        for f in [
+            "dy",
+            "x",
+            "output",
+            "residual",
+            "weight",
+            "bias",
+            "mean",
+            "invstd",
+            "dx",
+            "dresidual",
+            "dweight",
+            "dbias",
+            "part_g",
+            "part_gx",
+            "sum_g",
+            "sum_gx",
+        ]
+    ]
+    _fields_ += [("rows", ctypes.c_int64)]
+    _fields_ += [
+        (f, ctypes.c_int) for f in ["dtype", "params_float", "channels", "training", "act", "blocks", "min_rows"]
+    ]
+
+
+def norm_backward(dy, x, output, residual, weight, bias, mean, invstd, training, act, want=(1, 1, 1, 1), seed=0):
+    rows, channels = x.shape
+    dx, dres = (torch.full_like(x, float("nan")) if w else None for w in want[:2])
+    dweight, dbias = (
+        torch.full((channels,), float("nan"), dtype=weight.dtype if weight is not None else torch.float32)
+        if w
+        else None
+        for w in want[2:]
+    )
+    work = [torch.full((64 * channels,), float("nan")) for _ in range(4)]
+    call = NormBackwardCall(
+        *(pointer(t) for t in (dy, x, output, residual, weight, bias, mean, invstd, dx, dres, dweight, dbias, *work))
+    )
+    call.rows, call.dtype, call.channels = rows, DTYPES[x.dtype], channels
+    call.params_float = int(weight is None or weight.dtype == torch.float32)
+    call.training, call.act, call.blocks, call.min_rows = int(training), ACTIVATIONS.index(act), 8, 32
+    library("norm").call("simt_batch_norm_backward", ctypes.byref(call), seed=seed)
+    return dx, dres, dweight, dbias
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_batch_norm_backward(shape, training, act):
+    generator = torch.Generator().manual_seed(7)
+    rows, channels = shape
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+        weight, bias, mean = (torch.randn(channels, generator=generator) for _ in range(3))
+        var = torch.rand(channels, generator=generator) + 0.5
+        leaves = [t.double().requires_grad_() for t in (x, residual, weight, bias)]
+        z = F.batch_norm(leaves[0], mean.double(), var.double(), leaves[2], leaves[3], training, 0.0, 1e-5) + leaves[1]
+        y = activation(act)(z)
+        y.backward(dy.double())
+        if training:
+            mean, var = x.double().mean(0), x.double().var(0, unbiased=False)
+        output = y.detach().to(dtype) if act in SAVES_OUTPUT and act != "identity" else None
+        if dtype == torch.bfloat16 and act not in ("identity", "relu", "leaky_relu"):
+            continue  # the gradient at a rounded output differs from the gradient before rounding
+        args = (
+            dy,
+            x,
+            output,
+            residual,
+            weight,
+            bias,
+            mean.float(),
+            (1 / torch.sqrt(var.double() + 1e-5)).float(),
+            training,
+            act,
+        )
+        got = norm_backward(*args, seed=rows % 3)
+        loose = 1e-4 if dtype == torch.float32 else 1e-2
+        scale = max(1.0, rows**0.5)
+        for name, g, leaf, size in zip(
+            ["dx", "dresidual", "dweight", "dbias"], got, leaves, [1, 1, scale, scale], strict=True
+        ):
+            peak = leaf.grad.abs().max().item()
+            assert_close(g, leaf.grad, loose, loose * max(1e-2 * peak, 0.1 * size)), name
+        # what is not asked for is not needed by the rest
+        only = norm_backward(*args, want=(1, 0, 0, 0))
+        assert_close(only[0], got[0], loose, loose)
+        assert torch.equal(norm_backward(*args, want=(0, 0, 1, 1))[2], got[2])
+
+
+def test_norm_schedules():
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(600, 72, generator=generator).bfloat16()
+    first = norm(x, act="silu")
+    for seed in range(1, 5):
+        assert all(torch.equal(a, b) for a, b in zip(first, norm(x, act="silu", seed=seed), strict=True))

@@ -1,0 +1,390 @@
+"""The training program's parts, called directly: settings, models, losses, statistics, the loop in this process."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import statistics
+import sys
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import train_cifar10  # noqa: E402
+from training import compare, data, models, report  # noqa: E402
+from training.errors import ProgramError, UsageError  # noqa: E402
+from training.settings import parse, total_steps  # noqa: E402
+from training.trainee import Block, RandomStream, Trainee  # noqa: E402
+
+ALONE = SimpleNamespace(rank=0, count=1, gather=lambda value: [value])
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """The program in this process on a small data set: main(*arguments) -> exit code, its report in `tmp_path`."""
+    torch.set_num_threads(1)  # two would wait for each other on a busy machine
+    monkeypatch.setattr(data, "_synthetic", lambda make=data._synthetic: make(train=64, test=32))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    base = [
+        "--model",
+        "resnet18",
+        "--dataset",
+        "synthetic",
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "3",
+        "--backend",
+        "stock",
+    ]
+    yield lambda *arguments: train_cifar10.main([*base, "--report", str(tmp_path), *map(str, arguments)])
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = flags
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def settings(tmp_path: Path, *arguments: str):
+    return parse(["--report", str(tmp_path), "--device", "cpu", *arguments])
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_origin_recipe_is_the_original_script(tmp_path: Path) -> None:
+    args = settings(tmp_path, "--recipe", "origin")
+    wanted = {
+        **{
+            "backend": "stock",
+            "model": "resnet50",
+            "stem": "imagenet",
+            "dataset": "cifar10",
+            "pretrained": "preferred",
+        },
+        **{"batch_size": 4, "optimizer": "sgd", "lr": 0.001, "momentum": 0.9, "weight_decay": 0.0, "epochs": 2},
+        **{"loss": "cross_entropy", "label_smoothing": 0.0, "precision": "fp32", "log_every": 2000, "augment": False},
+        **{"max_steps": None, "dropout": None, "activation": None, "freeze_backbone": False, "image_size": 32},
+    }
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert total_steps(args, steps_per_epoch=12_500) == 25_000
+    assert args.device.type == "cpu"
+    changed = settings(tmp_path, "--recipe=origin", "--lr", "0.1", "--max-steps", "7", "--pretrained")
+    assert (changed.lr, changed.pretrained, total_steps(changed, 12_500)) == (0.1, "required", 7)
+
+
+def test_max_steps_alone_takes_as_many_epochs_as_it_needs(tmp_path: Path) -> None:
+    assert total_steps(settings(tmp_path, "--max-steps", "50"), steps_per_epoch=22) == 50
+    assert total_steps(settings(tmp_path, "--max-steps", "50", "--epochs", "2"), steps_per_epoch=22) == 44
+    assert total_steps(settings(tmp_path), steps_per_epoch=22) == 22
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "many"], "expected a whole number, got 'many'"),
+        (["--lr", "nan"], "argument --lr: must be more than 0, got nan"),
+        (["--lr", "inf"], "argument --lr: must be more than 0, got inf"),
+        (["--dropout", "1"], "argument --dropout: must be at least 0 and below 1, got 1"),
+        (["--label-smoothing", "-0.1"], "argument --label-smoothing: must be at least 0"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--model", "resnet5O"], "torchvision has no such classifier; did you mean resnet50"),
+        (["--model", "zzzz"], "torchvision.models.list_models()"),
+        (["--device", "toaster"], "--device toaster: expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99: PyTorch"),
+        (["--device", "cpu", "--precision", "tf32"], "--precision tf32 is a format of NVIDIA GPUs"),
+        (["--data", "no/such/folder"], "--data no/such/folder: there is no such directory"),
+        (["--weights", "no.pt"], "--weights no.pt: there is no such file"),
+        (["--weights", __file__, "--pretrained"], "--weights and --pretrained exclude each other"),
+        (["--report", __file__], "cannot be made"),
+        (["--recipe", "cake"], "argument --recipe: invalid choice"),
+        (["--recip", "origin"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments_end_with_code_2_and_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        parse(["--report", "out", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- models, losses
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("resnet18", "fc"),
+        ("squeezenet1_1", "classifier.1"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("shufflenet_v2_x0_5", "fc"),
+        ("efficientnet_b0", "classifier.1"),
+    ],
+)
+def test_the_head_gets_ten_classes_and_dropout_before_it(tmp_path: Path, name: str, head: str) -> None:
+    args = settings(tmp_path, "--model", name, "--freeze-backbone", "--dropout", "0.25")
+    model, origin = models.build_model(args, 10, print)
+    assert origin == "random"
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert 0.25 in [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 and all(name.startswith(head) for name in trained)
+
+
+def test_the_cifar_stem_and_another_activation(tmp_path: Path) -> None:
+    args = settings(tmp_path, "--model", "resnet18", "--stem", "cifar", "--activation", "tanh")
+    model, _ = models.build_model(args, 10, print)
+    assert model.conv1.weight.shape == (64, 3, 3, 3) and isinstance(model.maxpool, nn.Identity)
+    kinds = [type(module) for module in model.modules()]
+    assert nn.ReLU not in kinds and kinds.count(nn.Tanh) == 9  # the stem's, and one in each of 8 blocks
+    assert model.layer1(model.maxpool(model.conv1(torch.randn(2, 3, 32, 32)))).shape == (2, 64, 32, 32)
+    with pytest.raises(UsageError, match="--stem cifar is for ResNets"):
+        models.build_model(settings(tmp_path, "--model", "squeezenet1_1", "--stem", "cifar"), 10, print)
+    with pytest.raises(UsageError, match="vit_b_32 has no nn.ReLU layers"):
+        args = settings(tmp_path, "--model", "vit_b_32", "--activation", "silu", "--image-size", "32")
+        models.build_model(args, 10, print)
+
+
+def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Expected more than 1 value per channel.*--batch-size 2"):
+        models.build_model(settings(tmp_path, "--model", "resnet18", "--batch-size", "1"), 10, print)
+
+
+def test_weight_files_of_ten_and_of_a_thousand_classes(tmp_path: Path) -> None:
+    thousand = torchvision.models.resnet18()
+    ten, _ = models.build_model(settings(tmp_path, "--model", "resnet18"), 10, print)
+    for name, source in (("thousand.pt", thousand), ("ten.pt", ten)):
+        torch.save(source.state_dict(), tmp_path / name)
+        args = settings(tmp_path, "--model", "resnet18", "--weights", str(tmp_path / name))
+        model, origin = models.build_model(args, 10, print)
+        assert name in origin and model.fc.out_features == 10
+        assert torch.equal(model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+        assert torch.equal(model.fc.weight, source.fc.weight) == (name == "ten.pt")
+
+    state = thousand.state_dict()
+    del state["bn1.weight"]
+    torch.save({**state, "stray": torch.zeros(1), "conv1.weight": torch.zeros(1)}, tmp_path / "bad.pt")
+    args = settings(tmp_path, "--model", "resnet18", "--weights", str(tmp_path / "bad.pt"))
+    with pytest.raises(ProgramError) as error:
+        models.build_model(args, 10, print)
+    for part in ("missing: bn1.weight", "unknown: stray", r"conv1.weight is [1], expected [64, 3, 7, 7]"):
+        assert part in str(error.value)
+
+
+def test_pretrained_weights_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_args, **_kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
+    with pytest.raises(
+        ProgramError, match="--pretrained: the ImageNet weights of resnet18 could not be fetched: .*known"
+    ):
+        models.build_model(settings(tmp_path, "--model", "resnet18", "--pretrained"), 10, print)
+    log: list[str] = []
+    args = settings(tmp_path, "--recipe", "origin", "--model", "resnet18")
+    _, origin = models.build_model(args, 10, log.append)
+    assert origin.startswith("random, because the ImageNet weights") and log[0].startswith("note: ")
+
+
+def test_losses_against_their_definitions() -> None:
+    logits, labels = torch.randn(6, 10), torch.randint(0, 10, (6,))
+    target = F.one_hot(labels, 10) * 0.8 + 0.02
+    entropy = -(target * target.log()).sum(1).mean()
+    kl, mse = models.OneHotLoss("kl", 0.2), models.OneHotLoss("mse", 0.2)
+    torch.testing.assert_close(kl(logits, labels), F.cross_entropy(logits, labels, label_smoothing=0.2) - entropy)
+    torch.testing.assert_close(models.OneHotLoss("kl", 0.0)(logits, labels), F.cross_entropy(logits, labels))
+    torch.testing.assert_close(mse(logits, labels), (logits - target).square().mean())
+
+
+# ----------------------------------------------------------------------------------------------- statistics
+
+
+def blocks(*milliseconds: float) -> list[Block]:
+    return [Block(step, 1, value / 1000, warm=step >= 2) for step, value in enumerate(milliseconds)]
+
+
+def verdict(stock: list[Block], fastconv: list[Block]) -> tuple[str | None, str]:
+    result = compare.Comparison.of(stock, fastconv)
+    return result.winner, result.verdict(compare.Timing.of(stock, 8), compare.Timing.of(fastconv, 8))
+
+
+def test_the_verdict_names_the_winner_whoever_it_is() -> None:
+    slow, fast = blocks(900, 900, *[30 + i % 3 for i in range(20)]), blocks(900, 5, *[20 + i % 3 for i in range(20)])
+    winner, words = verdict(slow, fast)
+    assert winner == "fastconv" and words.startswith("fastconv is faster: 1.48 times the speed of stock PyTorch")
+    winner, words = verdict(fast, slow)
+    assert winner == "stock" and words.startswith("Stock PyTorch is faster: 1.48 times the speed of fastconv")
+    assert "21 ms with stock" in words and "31 ms with fastconv" in words
+
+
+def test_noise_is_no_victory() -> None:
+    even = blocks(1, 1, *[20 + 5 * (i % 2) for i in range(20)])
+    odd = blocks(1, 1, *[25 - 5 * (i % 2) for i in range(20)])
+    assert verdict(even, odd)[0] is None and "within the noise" in verdict(even, odd)[1]
+    certain_but_tiny = blocks(1, 1, *[20.1] * 20)
+    assert verdict(certain_but_tiny, blocks(1, 1, *[20.0] * 20))[0] is None
+    assert "Too few steps were timed (3)" in verdict(blocks(1, 1, 9, 9, 9), blocks(1, 1, 1, 1, 1))[1]
+
+
+def test_the_median_interval_is_the_sign_tests() -> None:
+    """Order statistics of the 95% interval, as tabled for the sign test: n -> (lower, upper), counted from 1."""
+    for count, (low, high) in {6: (1, 6), 10: (2, 9), 20: (6, 15), 30: (10, 21), 100: (40, 61)}.items():
+        assert compare.median_interval([float(value) for value in range(1, count + 1)]) == (low, high)
+
+
+def test_the_median_interval_covers_the_median_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(1000):
+        low, high = compare.median_interval(torch.randn(25, generator=generator).tolist())
+        covered += low <= 0 <= high
+    assert covered >= 940
+
+
+def test_quantiles_are_numpys() -> None:
+    values = torch.randn(17).double()
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert compare.quantile(values.tolist(), share) == pytest.approx(values.quantile(share).item())
+    assert compare.quantile(values.tolist(), 0.5) == statistics.median(values.tolist())
+
+
+def test_accuracies_are_the_same_or_not() -> None:
+    assert "equally well" in compare.accuracy_words(0.90, 0.91, 360)
+    assert "fastconv is better" in compare.accuracy_words(0.80, 0.91, 10_000)
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--optimizer", "adam", "--loss", "mse", "--loader", "torch"],
+        ["--optimizer", "adagrad", "--loss", "kl", "--label-smoothing", 0.1, "--weight-decay", 1e-4],
+        ["--precision", "bf16", "--activation", "silu", "--backend", "fastconv", "--tensorboard"],
+        ["--precision", "fp16", "--backend", "compare", "--loss", "kl"],
+        ["--stem", "cifar", "--freeze-backbone", "--dropout", 0.1, "--augment", "--image-size", 16],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_every_option_trains(main, tmp_path: Path, arguments: list) -> None:
+    assert main(*arguments) == 0
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3
+    assert all(math.isfinite(loss) for trainee in state["trainees"].values() for loss in trainee["losses"].tolist())
+    assert (tmp_path / "report.md").exists()
+    assert any((tmp_path / "tensorboard").glob("events*")) == ("--tensorboard" in arguments)
+    assert main(*arguments, "--resume", "--max-steps", 4) == 0  # optimizer and scaler states load again
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_the_original_log(main, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As PyTorch's CIFAR-10 tutorial prints: place of the mini-batch in the epoch, mean loss since the last line."""
+    weights = tmp_path / "weights.pt"  # so that the recipe looks for none on the network
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    assert main("--recipe", "origin", "--log-every", 2, "--max-steps", 20, "--weights", weights) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith("[")]
+    places = [(1, step) for step in range(2, 17, 2)] + [(2, 2), (2, 4)]  # 64 images: 16 steps to an epoch
+    assert [re.fullmatch(r"\[(\d+), ( *\d+)\] loss: \d+\.\d{3}", line) is not None for line in shown] == [True] * 10
+    assert [line.split("]")[0] for line in shown] == [f"[{epoch}, {step:5d}" for epoch, step in places]
+    assert any(re.fullmatch(r"Accuracy of the network on the 32 test images: \d+\.\d\d %", line) for line in lines)
+
+
+def test_weights_that_are_not_finite_are_never_saved(main, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main("--max-steps", 1) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert main("--lr", 1e38, "--max-steps", 1) == 1  # the loss of this step is finite, its update is not
+    error = capsys.readouterr().err
+    assert "is no longer finite after the update at epoch 1 step 1" in error
+    assert "there is no checkpoint of this run yet" in error
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_measuring_kept_bytes_changes_nothing(tmp_path: Path) -> None:
+    args = settings(tmp_path, "--model", "resnet18", "--dropout", "0.5")
+    model, _ = models.build_model(args, 10, print)
+    trainee = Trainee("stock", model, args, ALONE)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    kept = trainee.saved_bytes(images, labels)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    # at least each convolution's input and each BatchNorm's input: 20 of each, all listed by hooks
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].nbytes))
+    model(images)
+    assert len(sizes) == 40 and max(sizes) < kept < 1.5 * sum(sizes)
+
+
+def test_random_streams_do_not_disturb_each_other() -> None:
+    outside = torch.get_rng_state()
+    streams = [RandomStream(7, torch.device("cpu")) for _ in range(2)]
+    drawn: list[list[torch.Tensor]] = [[], []]
+    for turn in (0, 1, 1, 0, 0, 1):
+        with streams[turn]:
+            drawn[turn].append(torch.rand(3))
+    assert torch.equal(torch.stack(drawn[0]), torch.stack(drawn[1]))
+    assert len(torch.stack(drawn[0]).unique()) == 9
+    assert torch.equal(outside, torch.get_rng_state())
+
+
+def test_the_report_says_in_words_what_its_numbers_say() -> None:
+    timing = {"median": 10.0, "p20": 9.0, "p80": 30.0, "steps": 9, "images_per_second": 800.0}
+    stock = {
+        "ms_per_step": timing,
+        "accuracy": 0.5,
+        "final_loss": 1.0,
+        "setup_seconds": 1.0,
+        "first_step_seconds": None,
+    }
+    stock |= {"peak_gpu_bytes": None, "saved_for_backward_bytes": 2**20, "fusion_report": None}
+    facts = {
+        "recipe": None,
+        "command": "python bench/train_cifar10.py --dataset auto",
+        "settings": {**dict.fromkeys(("activation", "dropout", "weight_decay", "label_smoothing", "freeze_backbone"))}
+        | {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "loss": "kl", "batch_size": 8, "processes": 1, "seed": 0}
+        | {"precision": "fp32", "augment": False, "image_size": 32},
+        "dataset": {"name": "digits", "asked_for": "auto", "origin": "digits, taken by --dataset auto because offline"}
+        | {"train_images": 1437, "test_images": 360},
+        "model": {"name": "resnet18", "stem": "imagenet", "parameters": 11_000_000, "weights": "random"}
+        | {"trained_parameters": 11_000_000},
+        "device": {"type": "cpu", "name": "a processor", "detail": "2 threads"},
+        "versions": {"torch": "2.11"},
+        "git": {"commit": "abc", "dirty": True},
+        "date": "2026-01-01",
+        "seconds": 10,
+        "steps": 12,
+        "notes": ["something was unusual"],
+        "peak_rss_bytes": 2**30,
+        "fastconv_backends": None,
+        "backends": {"stock": stock},
+    }
+    text = report.markdown(facts)
+    for part in (
+        "stock trains 800 images per second (10 ms per step) and then classifies 50.00% of the 360 test images",
+        "digits, taken by --dataset auto because offline",
+        "The times spread widely (p80 is 3.3 times p20)",
+        "abc with uncommitted changes",
+        "- something was unusual",
+        "| kept for the backward pass | 1 MiB |",
+    ):
+        assert part in text
+    assert "peak GPU memory" not in text
