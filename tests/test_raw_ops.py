@@ -226,6 +226,7 @@ def test_opcheck(op, kernels):
         torch.library.opcheck(overload(op), args, test_utils=("test_schema", "test_faketensor", *more))
 
 
+@pytest.mark.sanitize
 @OP
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("nchw", "nhwc", "strided", "channel_slice", "expanded"))
