@@ -39,6 +39,12 @@ struct PoolParams {
   int64_t dil_h, dil_w;  // 1 for average pooling
 };
 
+// Max-pool backward, one axis: entries [first[i], first[i + 1]) are the windows that cover input position i, in order, each with
+// the tap of the window that lies there.
+struct PoolTaps {
+  const int64_t *first, *window, *tap;
+};
+
 // Average pooling by tables: window p covers input rows [h_begin[p], h_end[p]) and counts h_count[p] of them in the
 // divisor; input row h lies in windows [p_begin[h], p_end[h]). The same for columns.
 struct PoolWindows {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from cases import CONVS, EMPTY, LAYOUTS, SMALL, Conv, lay
 from torch.utils._python_dispatch import TorchDispatchMode
 from util import ACTIVATIONS, FLOATS, Stock, assert_format, check, execute, same_bits
 
+import fastconv
 import fastconv.functional as FF
 
 # F.conv2d's own remark on padding="same" with an even kernel.
@@ -296,3 +301,19 @@ def test_one_thread_or_two(backend):
         runs.append(execute(FF.conv2d_bias_act, tensors, settings, ("bias", "residual"), grad_output))
     assert same_bits(runs[0].output, runs[1].output)
     assert all(same_bits(runs[0].grads[n], runs[1].grads[n]) for n in ("bias", "residual"))
+
+
+def test_dilation_of_a_1x1_filter():
+    """It means nothing; oneDNN 3.10 crashes on this call in channels_last (stock PyTorch too), in NCHW stock works."""
+    code = """
+import torch, fastconv.functional as FF, torch.nn.functional as F
+x, w, b = torch.randn(4, 4, 7, 1), torch.randn(6, 4, 1, 1), torch.randn(6)
+args = (b, (2, 3), (0, 2), (2, 2))
+for dtype in (torch.float32, torch.bfloat16):
+    ours = FF.conv2d_bias_relu(x.to(dtype), w.to(dtype), b.to(dtype), *args[1:])
+    torch.testing.assert_close(ours, F.conv2d(x.to(dtype), w.to(dtype), b.to(dtype), *args[1:]).relu())
+print("survived")
+"""
+    root = Path(fastconv.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert "survived" in done.stdout, f"exit status {done.returncode}: {done.stderr}"

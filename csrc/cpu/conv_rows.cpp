@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "conv_rows_host.h"
 #include "isa.h"
-#include "kernels/conv_rows_host.h"
 #include "kernels/conv_rows_plan.h"
 
 #if FASTCONV_X86

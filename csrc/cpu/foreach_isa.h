@@ -10,6 +10,10 @@
 #include "isa.h"
 #include "types.h"
 
+#if FASTCONV_X86
+#include <immintrin.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi"                // vectors are passed between inlined functions of one set only
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns inside its own immintrin.h
 
@@ -54,7 +58,6 @@
 // FASTCONV_KERNELS_BF16: a fourth set, whose dot product of bf16 pairs the kernel file uses where FASTCONV_DPBF16 is
 // defined. Only matrix kernels gain from it.
 #ifdef FASTCONV_KERNELS_BF16
-#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define FASTCONV_ISA_NS avx512_bf16

@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <vector>
+
 #include "pool_shape.h"
 
 #define FASTCONV_KERNELS "kernels/max_pool2d.h"
@@ -14,6 +16,25 @@ void check_area(const char* op, const PoolParams& a) {
   TORCH_CHECK(a.r * a.s <= 256, op, ": kernel_size expected an area of at most 256 (offsets are uint8), got ", a.r, "x",
               a.s);
 }
+
+// The tables of PoolTaps: position i = window * stride - pad + tap * dil.
+struct Taps {
+  std::vector<int64_t> first, window, tap;
+
+  Taps(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dil) {
+    for (int64_t i = 0; i < in; ++i) {
+      first.push_back(static_cast<int64_t>(window.size()));
+      for (int64_t t = taps - 1; t >= 0; --t) {  // descending taps: windows in memory order
+        const int64_t start = i + pad - t * dil;
+        if (start < 0 || start % stride != 0 || start / stride >= out) continue;
+        window.push_back(start / stride);
+        tap.push_back(t);
+      }
+    }
+    first.push_back(static_cast<int64_t>(window.size()));
+  }
+  PoolTaps view() const { return {first.data(), window.data(), tap.data()}; }
+};
 
 std::tuple<at::Tensor, at::Tensor> max_pool2d_op(const at::Tensor& input, at::IntArrayRef kernel_size,
                                                  at::IntArrayRef stride, at::IntArrayRef padding,
@@ -68,6 +89,8 @@ at::Tensor max_pool2d_backward_op(const at::Tensor& grad_output, const at::Tenso
   const at::MemoryFormat format = memory_format(channels_last);
   const at::Tensor g = nhwc(grad_output), o = nhwc(offsets);
   const at::Tensor dx = empty_nhwc(sizes, g.options(), format);
+  const Taps rows(a.h, a.p, a.r, a.stride_h, a.pad_h, a.dil_h), columns(a.w, a.q, a.s, a.stride_w, a.pad_w, a.dil_w);
+  const PoolTaps in_h = rows.view(), in_w = columns.view();
   if (dx.numel() > 0) {
     dispatch_float(op, g.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
@@ -75,9 +98,10 @@ at::Tensor max_pool2d_backward_op(const at::Tensor& grad_output, const at::Tenso
       const T* pg = const_data<T>(g);
       const uint8_t* po = const_data<uint8_t>(o);
       T* pd = data<T>(dx);
-      parallel_positions(
-          a.n * a.h * a.w, a.c, dx.numel() + g.numel(),
-          [&](int64_t begin, int64_t end, int64_t c0, int64_t c1) { kernel(pg, po, pd, &a, begin, end, c0, c1); });
+      parallel_positions(a.n * a.h * a.w, a.c, dx.numel() + g.numel(),
+                         [&](int64_t begin, int64_t end, int64_t c0, int64_t c1) {
+                           kernel(pg, po, pd, &a, &in_h, &in_w, begin, end, c0, c1);
+                         });
     });
   }
   return to_format(dx, format);

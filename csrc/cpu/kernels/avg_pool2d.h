@@ -10,27 +10,35 @@
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
+// x / divisor; a power of two is multiplied by its inverse, which is the same number and ten times as fast.
+template <class A, class V>
+FASTCONV_INLINE V divide(V x, int64_t divisor) {
+  return (divisor & (divisor - 1)) == 0 ? x * (A(1) / A(divisor)) : x / A(divisor);
+}
+
 // Output positions [begin, end), channels [c0, c1).
 template <class T>
 void avg_pool2d(const T* x, T* y, const PoolWindows* windows, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
-  using A = acc_t<T>;
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const PoolWindows& a = *windows;
+  const PoolWindows a = *windows;  // a copy: stores to y could otherwise change it, and it would be read again each time
   for (int64_t o = begin; o < end; ++o) {
     const int64_t q = o % a.q, p = o / a.q % a.p, n = o / (a.q * a.p);
-    const int64_t h0 = a.h_begin[p], h1 = a.h_end[p], w0 = a.w_begin[q], w1 = a.w_end[q];
-    const bool empty = h0 >= h1 || w0 >= w1;
-    const A divisor = empty ? A(1) : A(a.h_count[p] * a.w_count[q]);
+    const int64_t h0 = a.h_begin[p], w0 = a.w_begin[q];
+    const int64_t rows = a.h_end[p] - h0, columns = a.w_end[q] - w0;
+    const bool empty = rows <= 0 || columns <= 0;
+    const int64_t divisor = empty ? 1 : a.h_count[p] * a.w_count[q];
+    const T* first = x + ((n * a.h + h0) * a.w + w0) * a.c;
+    T* out = y + o * a.c;
     for (int64_t c = c0; c < c1; c += N) {
       const bool full = c + N <= c1;
       const int rest = (int)(c1 - c);
       V sum{};
-      for (int64_t h = h0; h < h1; ++h) {
-        const T* row = x + (n * a.h + h) * a.w * a.c + c;
-        for (int64_t w = w0; w < w1; ++w) sum += load(row + w * a.c, full, rest);
+      for (int64_t h = 0; h < rows; ++h) {
+        const T* from = first + h * a.w * a.c + c;
+        for (int64_t w = 0; w < columns; ++w, from += a.c) sum += load(from, full, rest);
       }
-      store(y + o * a.c + c, sum / divisor, full, rest);
+      store(out + c, divide<acc_t<T>>(sum, divisor), full, rest);
     }
   }
 }
@@ -39,23 +47,25 @@ void avg_pool2d(const T* x, T* y, const PoolWindows* windows, int64_t begin, int
 template <class T>
 void avg_pool2d_backward(const T* dy, T* dx, const PoolWindows* windows, int64_t begin, int64_t end, int64_t c0,
                          int64_t c1) {
-  using A = acc_t<T>;
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const PoolWindows& a = *windows;
+  const PoolWindows a = *windows;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t w = i % a.w, h = i / a.w % a.h, n = i / (a.w * a.h);
+    const int64_t p0 = a.p_begin[h], p1 = a.p_end[h], q0 = a.q_begin[w], q1 = a.q_end[w];
+    const T* first = dy + ((n * a.p + p0) * a.q + q0) * a.c;
+    T* out = dx + i * a.c;
     for (int64_t c = c0; c < c1; c += N) {
       const bool full = c + N <= c1;
       const int rest = (int)(c1 - c);
       V sum{};
-      for (int64_t p = a.p_begin[h]; p < a.p_end[h]; ++p) {
-        const T* row = dy + (n * a.p + p) * a.q * a.c + c;
-        for (int64_t q = a.q_begin[w]; q < a.q_end[w]; ++q) {
-          sum += load(row + q * a.c, full, rest) / A(a.h_count[p] * a.w_count[q]);
+      for (int64_t p = p0; p < p1; ++p) {
+        const T* from = first + (p - p0) * a.q * a.c + c;
+        for (int64_t q = q0; q < q1; ++q, from += a.c) {
+          sum += divide<acc_t<T>>(load(from, full, rest), a.h_count[p] * a.w_count[q]);
         }
       }
-      store(dx + i * a.c + c, sum, full, rest);
+      store(out + c, sum, full, rest);
     }
   }
 }

@@ -147,17 +147,18 @@ FASTCONV_INLINE void bn_backward_chunk(const BatchNormGrad<T>& p, int64_t r, int
 // sum_dy and sum_dy_xmu (sum of dy * (x - mean)) of rows [r0, r1), indexed by channel, overwritten; dresidual = dy if
 // not null.
 template <class T, int KIND>
-void bn_backward_sums(const BatchNormGrad<T>* p, int64_t r0, int64_t r1, int64_t c0, int64_t c1, acc_t<T>* sum_dy,
+void bn_backward_sums(const BatchNormGrad<T>* params, int64_t r0, int64_t r1, int64_t c0, int64_t c1, acc_t<T>* sum_dy,
                       acc_t<T>* sum_dy_xmu, T* dresidual) {
   constexpr int N = Vec<T>::N;
+  const BatchNormGrad<T> p = *params;  // a copy: stores could otherwise change it
   for (int64_t c = c0; c < c1; ++c) sum_dy[c] = sum_dy_xmu[c] = 0;
   for (int64_t r = r0; r < r1; r += kChunkRows) {
     const int64_t rows = r + kChunkRows < r1 ? kChunkRows : r1 - r;
     int64_t c = c0;
     for (; c + 2 * N <= c1; c += 2 * N)
-      bn_backward_chunk<T, KIND, 2>(*p, r, rows, c, sum_dy, sum_dy_xmu, dresidual, true, 0);
+      bn_backward_chunk<T, KIND, 2>(p, r, rows, c, sum_dy, sum_dy_xmu, dresidual, true, 0);
     for (; c < c1; c += N) {
-      bn_backward_chunk<T, KIND, 1>(*p, r, rows, c, sum_dy, sum_dy_xmu, dresidual, c + N <= c1, (int)(c1 - c));
+      bn_backward_chunk<T, KIND, 1>(p, r, rows, c, sum_dy, sum_dy_xmu, dresidual, c + N <= c1, (int)(c1 - c));
     }
   }
 }
@@ -165,21 +166,22 @@ void bn_backward_sums(const BatchNormGrad<T>* p, int64_t r0, int64_t r1, int64_t
 // dx = dy * scale + (x - mean) * slope + offset, with slope = -scale * invstd^2 * sum_dy_xmu / M and offset = -scale *
 // sum_dy / M (both 0 in eval mode).
 template <class T, int KIND>
-void bn_backward_apply(const BatchNormGrad<T>* p, const acc_t<T>* slope, const acc_t<T>* offset, T* dx, int64_t r0,
+void bn_backward_apply(const BatchNormGrad<T>* params, const acc_t<T>* slope, const acc_t<T>* offset, T* dx, int64_t r0,
                        int64_t r1, int64_t c0, int64_t c1) {
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
+  const BatchNormGrad<T> p = *params;  // a copy: stores could otherwise change it
   for (int64_t r = r0; r < r1; r += 4) {  // four rows share the loads of the channel vectors
     const int rows = r1 - r < 4 ? (int)(r1 - r) : 4;
     for (int64_t c = c0; c < c1; c += N) {
       const bool full = c + N <= c1;
       const int n = (int)(c1 - c);
-      const V mean = load(p->mean + c, full, n), scale = load(p->scale + c, full, n);
+      const V mean = load(p.mean + c, full, n), scale = load(p.scale + c, full, n);
       const V a = load(slope + c, full, n), b = load(offset + c, full, n);
       for (int i = 0; i < rows; ++i) {
-        const int64_t at = (r + i) * p->channels + c;
-        const V x = load(p->x + at, full, n);
-        const V dy = bn_dy<T, KIND>(*p, at, c, x, mean, full, n);
+        const int64_t at = (r + i) * p.channels + c;
+        const V x = load(p.x + at, full, n);
+        const V dy = bn_dy<T, KIND>(p, at, c, x, mean, full, n);
         store(dx + at, dy * scale + ((x - mean) * a + b), full, n);
       }
     }

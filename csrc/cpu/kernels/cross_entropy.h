@@ -81,7 +81,7 @@ int64_t cross_entropy_rows(const CrossEntropyArgs<T>* args, const CrossEntropyPa
   using A = acc_t<T>;
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const CrossEntropyArgs<T>& a = *args;
+  const CrossEntropyArgs<T> a = *args;
   const int64_t classes = params->c;
   const A smooth = A(params->label_smoothing), spread = smooth / A(classes);
   for (int64_t i = begin; i < end; ++i) {
@@ -127,7 +127,7 @@ int64_t cross_entropy_columns(const CrossEntropyArgs<T>* args, const CrossEntrop
   using A = acc_t<T>;
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const CrossEntropyArgs<T>& a = *args;
+  const CrossEntropyArgs<T> a = *args;
   const int64_t classes = params->c, d = params->d;
   const A smooth = A(params->label_smoothing), spread = smooth / A(classes);
   const A lowest = -(A)__builtin_inf();
@@ -185,7 +185,7 @@ void cross_entropy_backward_rows(const CrossEntropyArgs<T>* args, const CrossEnt
   using A = acc_t<T>;
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const CrossEntropyArgs<T>& a = *args;
+  const CrossEntropyArgs<T> a = *args;
   const int64_t classes = params->c;
   const A smooth = A(params->label_smoothing), spread = smooth / A(classes);
   for (int64_t i = begin; i < end; ++i) {
@@ -249,7 +249,7 @@ void cross_entropy_backward_columns(const CrossEntropyArgs<T>* args, const Cross
   using V = typename Vec<T>::V;
   using Mask = typename Lanes<A>::Mask;
   constexpr int N = Vec<T>::N;
-  const CrossEntropyArgs<T>& a = *args;
+  const CrossEntropyArgs<T> a = *args;
   const int64_t classes = params->c, d = params->d;
   const A smooth = A(params->label_smoothing), spread = smooth / A(classes);
   for (int64_t i = begin; i < end;) {

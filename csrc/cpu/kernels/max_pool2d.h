@@ -18,7 +18,7 @@ void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, in
   using L = Lanes<A>;
   using Mask = typename L::Mask;
   constexpr int N = Vec<T>::N;
-  const PoolParams& a = *params;
+  const PoolParams a = *params;  // a copy: stores to y could otherwise change it, and it would be read again each time
   const V lowest = broadcast<A>(-(A)__builtin_inf());
   for (int64_t o = begin; o < end; ++o) {
     const int64_t q = o % a.q, p = o / a.q % a.p, n = o / (a.q * a.p);
@@ -58,28 +58,24 @@ void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, in
 
 // Input positions [begin, end) of n*h*w, channels [c0, c1).
 template <class T>
-void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolParams* params, int64_t begin,
-                         int64_t end, int64_t c0, int64_t c1) {
+void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolParams* params, const PoolTaps* rows,
+                         const PoolTaps* columns, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
   using A = acc_t<T>;
   using V = typename Vec<T>::V;
   using L = Lanes<A>;
   using Mask = typename L::Mask;
   constexpr int N = Vec<T>::N;
-  const PoolParams& a = *params;
+  const PoolParams a = *params;
+  const PoolTaps in_h = *rows, in_w = *columns;
   int32_t tap[256];     // r * S + s of each window that covers this position: at most the window's area, at most 256
-  int64_t window[256];  // and that window's output position
+  int64_t window[256];  // and where that window's output starts
   for (int64_t i = begin; i < end; ++i) {
     const int64_t w = i % a.w, h = i / a.w % a.h, n = i / (a.w * a.h);
     int count = 0;
-    for (int64_t r = a.r - 1; r >= 0;
-         --r) {  // h = p * stride - pad + r * dil; descending taps: windows in memory order
-      const int64_t p = (h + a.pad_h - r * a.dil_h) / a.stride_h;
-      if (p * a.stride_h != h + a.pad_h - r * a.dil_h || p < 0 || p >= a.p) continue;
-      for (int64_t s = a.s - 1; s >= 0; --s) {
-        const int64_t q = (w + a.pad_w - s * a.dil_w) / a.stride_w;
-        if (q * a.stride_w != w + a.pad_w - s * a.dil_w || q < 0 || q >= a.q) continue;
-        tap[count] = (int32_t)(r * a.s + s);
-        window[count++] = (n * a.p + p) * a.q + q;
+    for (int64_t j = in_h.first[h]; j < in_h.first[h + 1]; ++j) {
+      for (int64_t k = in_w.first[w]; k < in_w.first[w + 1]; ++k) {
+        tap[count] = (int32_t)(in_h.tap[j] * a.s + in_w.tap[k]);
+        window[count++] = ((n * a.p + in_h.window[j]) * a.q + in_w.window[k]) * a.c;
       }
     }
     for (int64_t c = c0; c < c1; c += N) {
@@ -87,7 +83,7 @@ void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolP
       const int rest = (int)(c1 - c);
       V sum{};
       for (int k = 0; k < count; ++k) {
-        const uint8_t* from = offsets + window[k] * a.c + c;
+        const uint8_t* from = offsets + window[k] + c;
         typename L::Bytes b{};
         if (full) {
           b = *(const typename L::Bytes_u*)from;
@@ -95,7 +91,7 @@ void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolP
           for (int j = 0; j < rest; ++j) b[j] = from[j];
         }
         const Mask mine = __builtin_convertvector(b, Mask) == (Mask{} + (typename L::Int)tap[k]);
-        sum += mine ? load(dy + window[k] * a.c + c, full, rest) : V{};
+        sum += mine ? load(dy + window[k] + c, full, rest) : V{};
       }
       store(dx + i * a.c + c, sum, full, rest);
     }

@@ -10,7 +10,7 @@
 #include <memory>
 #include <new>
 
-#include "conv_rows_types.h"
+#include "kernels/conv_rows_types.h"
 
 namespace fastconv::cpu::rows_host {
 
