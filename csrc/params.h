@@ -39,8 +39,8 @@ struct PoolParams {
   int64_t dil_h, dil_w;  // 1 for average pooling
 };
 
-// Max-pool backward, one axis: entries [first[i], first[i + 1]) are the windows that cover input position i, in order, each with
-// the tap of the window that lies there.
+// Max-pool backward, one axis: entries [first[i], first[i + 1]) are the windows that cover input position i, in order,
+// each with the tap of the window that lies there.
 struct PoolTaps {
   const int64_t *first, *window, *tap;
 };

@@ -7,7 +7,8 @@
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
 #if FASTCONV_VEC_BYTES == 64
-// AVX-512 scales by 2^n in one instruction, over and under the range of fp32 too. min and max return x where it is a NaN.
+// AVX-512 scales by 2^n in one instruction, over and under the range of fp32 too. min and max return x where it is a
+// NaN.
 FASTCONV_INLINE f32v vexp(f32v x) {
   x = (f32v)_mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), (__m512)x));
   const f32v n = (f32v)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

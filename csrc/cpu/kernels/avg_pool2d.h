@@ -21,7 +21,8 @@ template <class T>
 void avg_pool2d(const T* x, T* y, const PoolWindows* windows, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const PoolWindows a = *windows;  // a copy: stores to y could otherwise change it, and it would be read again each time
+  const PoolWindows a =
+      *windows;  // a copy: stores to y could otherwise change it, and it would be read again each time
   for (int64_t o = begin; o < end; ++o) {
     const int64_t q = o % a.q, p = o / a.q % a.p, n = o / (a.q * a.p);
     const int64_t h0 = a.h_begin[p], w0 = a.w_begin[q];

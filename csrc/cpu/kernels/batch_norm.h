@@ -170,7 +170,7 @@ void bn_backward_apply(const BatchNormGrad<T>* params, const acc_t<T>* slope, co
                        int64_t r1, int64_t c0, int64_t c1) {
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
-  const BatchNormGrad<T> p = *params;  // a copy: stores could otherwise change it
+  const BatchNormGrad<T> p = *params;     // a copy: stores could otherwise change it
   for (int64_t r = r0; r < r1; r += 4) {  // four rows share the loads of the channel vectors
     const int rows = r1 - r < 4 ? (int)(r1 - r) : 4;
     for (int64_t c = c0; c < c1; c += N) {
