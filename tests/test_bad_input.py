@@ -57,7 +57,7 @@ def raises_alike(ours, stock, text):
     """Both raise, the types are equal, ours says ``text``."""
     with pytest.raises(Exception) as theirs:
         stock()
-    with pytest.raises(type(theirs.value), match=text) as mine:
+    with pytest.raises(type(theirs.value), match=text or None) as mine:
         ours()
     assert type(mine.value) is type(theirs.value), f"{type(mine.value)}, stock {type(theirs.value)}: {theirs.value}"
 
@@ -285,5 +285,7 @@ LOSS = (
 
 @pytest.mark.parametrize(("args", "kwargs", "text"), [c[1:] for c in LOSS], ids=[c[0] for c in LOSS])
 def test_cross_entropy(args, kwargs, text, backend):
+    if not text and backend.name not in ("aten", "cpu"):
+        pytest.skip("a class index out of range is a device-side assertion on a GPU, as in stock PyTorch")
     text = f"cross_entropy: {text}" if text else ""
     raises_alike(lambda: FF.cross_entropy(*args, **kwargs), lambda: F.cross_entropy(*args, **kwargs), text)

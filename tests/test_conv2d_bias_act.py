@@ -128,8 +128,8 @@ def test_gradients_only_where_asked(wanted, activation, backend):
         some = execute(FF.conv2d_bias_act, tensors, settings, wanted, grad_output)
     for name in wanted:
         assert same_bits(some.grads[name], full.grads[name]), name
-    if not backend.fused:
-        return
+    if backend.name not in ("cpu", "cuda"):
+        return  # the others do not go through torch.ops
     ran = dict(recorded.calls)
     assert ran[OP][-1] is (activation == "silu"), "the pre-activation is kept exactly where the backward needs it"
     conv = ["input" in wanted, "weight" in wanted]

@@ -267,7 +267,7 @@ def test_legacy_reduction_arguments(backend):
 
 @pytest.mark.parametrize("target", (5, -1, 1000, -101))
 def test_class_index_out_of_range(target, backend):
-    if backend.device != "cpu":
+    if backend.name not in ("aten", "cpu"):
         pytest.skip("on a GPU this is a device-side assertion, as in stock PyTorch")
     tensors = make((6, 5), torch.float32, "cpu")
     tensors["target"][3] = target

@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from util import ACTIVATIONS, STOCK_ACTIVATION, same_bits
 
@@ -238,3 +239,38 @@ def test_weight_changed_in_place_takes_effect(backend):
         layer.weight.mul_(2)
     close(layer(x), first * 2)
     assert not same_bits(layer(x), first)
+
+
+def test_under_activation_checkpointing_and_offloading(backend):
+    """Recomputed or offloaded activations give the same gradients: what is saved goes through autograd's own hooks."""
+    conv = fnn.Conv2dBiasAct(3, 8, 3, padding=1, activation="silu", device=backend.device)
+    norm = fnn.BatchNormAct2d(8, momentum=0.0, device=backend.device)
+    net = nn.Sequential(conv, norm, fnn.MaxPool2d(2), fnn.AvgPool2d(2)).to(backend.device)
+    x, grads = torch.randn(2, 3, 8, 8, device=backend.device, requires_grad=True), []
+    for run in ("plain", "checkpoint", "offload"):
+        if run == "checkpoint":
+            out = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+        elif run == "offload":
+            with torch.autograd.graph.save_on_cpu():
+                out = net(x)
+        else:
+            out = net(x)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, *net.parameters()]))
+    for other in grads[1:]:
+        assert all(same_bits(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_under_deterministic_algorithms(backend):
+    """torch.use_deterministic_algorithms(True) refuses nothing of fastconv's own and changes no value."""
+    net = nn.Sequential(
+        fnn.Conv2dBiasReLU(3, 8, 3), fnn.BatchNormAct2d(8), fnn.MaxPool2d(3, 2), fnn.AdaptiveAvgPool2d(1)
+    )
+    net = net.to(backend.device)
+    x = torch.randn(2, 3, 10, 10, device=backend.device)
+    torch.use_deterministic_algorithms(backend.fused)
+    try:
+        loss = fnn.CrossEntropyLoss()(net(x).flatten(1), torch.tensor([1, 2], device=backend.device))
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads)

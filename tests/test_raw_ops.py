@@ -371,5 +371,5 @@ def test_raw_operators_check_their_arguments(op, change, error, text, kernels):
     """They are public through torch.ops: a wrong call must not read outside a tensor."""
     if error is IndexError and kernels.device != "cpu":
         pytest.skip("on a GPU this is a device-side assertion, as in stock PyTorch")
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text or None):
         overload(op)(*misuse(op, change, kernels.device))

@@ -53,7 +53,7 @@ def test_max_pool2d(case, layout, dtype):
     y64 = F.max_pool2d(x64, *window, ceil_mode)
     (d64,) = torch.autograd.grad(y64, x64, g.cpu().double())
     (ds,) = torch.autograd.grad(ys, xs, g)
-    dx = impl("max_pool2d_backward")(g, offsets, shape[2:], *window, True)
+    dx = impl("max_pool2d_backward")(g, offsets, shape[2:], *window, layout is torch.channels_last)
     check(dx, d64, ds, "grad_input")
     assert dx.is_contiguous(memory_format=layout)
     y, none = impl("max_pool2d")(x, *window, ceil_mode, False)
@@ -98,7 +98,7 @@ def test_avg_pool2d(case, layout, dtype):
     shape, *how = case
     average_case(
         shape, dtype, layout, lambda t: F.avg_pool2d(t, *how), lambda t: impl("avg_pool2d")(t, *how),
-        lambda g: impl("avg_pool2d_backward")(g, shape[2:], *how, True),
+        lambda g: impl("avg_pool2d_backward")(g, shape[2:], *how, layout is torch.channels_last),
     )  # fmt: skip
 
 

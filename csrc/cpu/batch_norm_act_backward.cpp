@@ -66,10 +66,11 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
       sum_x[c] += from[channels + c];
     }
   };
-  // Once dresidual = dy is written, the second pass reads it in place of g and y.
+  // Once dresidual = dy is written, the second pass reads it in place of g and y, unless dy was rounded to 16 bits
+  // there (identity and relu do not round).
   BatchNormGrad<T> second = p;
   auto apply = kernels.apply;
-  if (out.dresidual) {
+  if (out.dresidual && (sizeof(T) > 2 || p.act == Act::relu)) {
     second.g = out.dresidual;
     apply = pick<T>(Act::identity).apply;
   }

@@ -66,6 +66,11 @@ struct Cropped {
         w(live_taps(p.w, p.q, p.s, p.stride_w, p.pad_w, p.dil_w)) {
     weight = all(p) ? full : crop(full).contiguous(kLast);
   }
+  // Dilation means nothing where one tap is left, and oneDNN 3.10 crashes on some such calls (1x1, dilated, padded,
+  // with a bias).
+  std::array<int64_t, 2> dilation(const ConvParams& p) const {
+    return {h.taps == 1 ? 1 : p.dil_h, w.taps == 1 ? 1 : p.dil_w};
+  }
   bool all(const ConvParams& p) const { return h.taps == p.r && w.taps == p.s; }
   at::Tensor crop(const at::Tensor& t) const { return t.narrow(2, h.first, h.taps).narrow(3, w.first, w.taps); }
 };
@@ -74,7 +79,7 @@ struct Cropped {
 at::Tensor aten_forward(const ConvParams& p, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   const Cropped live(p, weight);
   return nhwc(at::convolution(x, live.weight, bias, {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad},
-                              {p.dil_h, p.dil_w}, false, {0, 0}, p.groups));
+                              live.dilation(p), false, {0, 0}, p.groups));
 }
 
 std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::Tensor& dy, const at::Tensor& x,
@@ -82,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::
   const Cropped live(p, weight);
   auto [dx, dw, db] =
       at::convolution_backward(dy, x, live.weight, std::nullopt, {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad},
-                               {p.dil_h, p.dil_w}, false, {0, 0}, p.groups, {mask[0], mask[1], false});
+                               live.dilation(p), false, {0, 0}, p.groups, {mask[0], mask[1], false});
   if (!mask[1] || live.all(p)) return {dx, dw};
   const at::Tensor full = at::zeros_like(weight, {}, kLast);  // a tap that touches no input has gradient zero
   live.crop(full).copy_(dw);
@@ -107,7 +112,9 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
   if (done) return out;
   ConvEpilogue rest = epilogue;
   at::Tensor bias;
-  if (!rest.mean.defined() && !rest.scale.defined() && rest.shift.defined()) {
+  // A dilated convolution's bias stays out of oneDNN: see Cropped::dilation.
+  const bool dilated = p.dil_h > 1 || p.dil_w > 1;
+  if (!dilated && !rest.mean.defined() && !rest.scale.defined() && rest.shift.defined()) {
     bias = rest.shift.to(x.scalar_type());
     rest.shift = at::Tensor();
   }

@@ -23,8 +23,8 @@ void avg_pool2d(const T* x, T* y, const PoolWindows* windows, int64_t begin, int
   constexpr int N = Vec<T>::N;
   const PoolWindows a =
       *windows;  // a copy: stores to y could otherwise change it, and it would be read again each time
-  for (int64_t o = begin; o < end; ++o) {
-    const int64_t q = o % a.q, p = o / a.q % a.p, n = o / (a.q * a.p);
+  int64_t q = begin % a.q, p = begin / a.q % a.p, n = begin / (a.q * a.p);
+  for (int64_t o = begin; o < end; ++o, next_position(n, p, a.p, q, a.q)) {
     const int64_t h0 = a.h_begin[p], w0 = a.w_begin[q];
     const int64_t rows = a.h_end[p] - h0, columns = a.w_end[q] - w0;
     const bool empty = rows <= 0 || columns <= 0;
@@ -51,11 +51,20 @@ void avg_pool2d_backward(const T* dy, T* dx, const PoolWindows* windows, int64_t
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
   const PoolWindows a = *windows;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t w = i % a.w, h = i / a.w % a.h, n = i / (a.w * a.h);
+  int64_t w = begin % a.w, h = begin / a.w % a.h, n = begin / (a.w * a.h);
+  for (int64_t i = begin; i < end; ++i, next_position(n, h, a.h, w, a.w)) {
     const int64_t p0 = a.p_begin[h], p1 = a.p_end[h], q0 = a.q_begin[w], q1 = a.q_end[w];
     const T* first = dy + ((n * a.p + p0) * a.q + q0) * a.c;
     T* out = dx + i * a.c;
+    if (p1 - p0 == 1 && q1 - q0 == 1) {  // windows side by side: the usual case, a plain copy loop
+      const int64_t divisor = a.h_count[p0] * a.w_count[q0];
+      for (int64_t c = c0; c < c1; c += N) {
+        const bool full = c + N <= c1;
+        const int rest = (int)(c1 - c);
+        store(out + c, divide<acc_t<T>>(load(first + c, full, rest), divisor), full, rest);
+      }
+      continue;
+    }
     for (int64_t c = c0; c < c1; c += N) {
       const bool full = c + N <= c1;
       const int rest = (int)(c1 - c);

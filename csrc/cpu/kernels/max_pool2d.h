@@ -20,8 +20,8 @@ void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, in
   constexpr int N = Vec<T>::N;
   const PoolParams a = *params;  // a copy: stores to y could otherwise change it, and it would be read again each time
   const V lowest = broadcast<A>(-(A)__builtin_inf());
-  for (int64_t o = begin; o < end; ++o) {
-    const int64_t q = o % a.q, p = o / a.q % a.p, n = o / (a.q * a.p);
+  int64_t q = begin % a.q, p = begin / a.q % a.p, n = begin / (a.q * a.p);
+  for (int64_t o = begin; o < end; ++o, next_position(n, p, a.p, q, a.q)) {
     const int64_t h0 = p * a.stride_h - a.pad_h, w0 = q * a.stride_w - a.pad_w;
     int64_t r0 = 0, r1 = a.r, s0 = 0, s1 = a.s;  // taps inside the input
     while (r0 < r1 && h0 + r0 * a.dil_h < 0) ++r0;
@@ -44,7 +44,7 @@ void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, in
       }
       store(y + o * a.c + c, best, full, rest);
       if (offsets) {
-        const typename L::Bytes b = __builtin_convertvector(where, typename L::Bytes);
+        const typename L::Bytes b = narrow_bytes(where);
         uint8_t* to = offsets + o * a.c + c;
         if (full) {
           *(typename L::Bytes_u*)to = b;
@@ -69,8 +69,8 @@ void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolP
   const PoolTaps in_h = *rows, in_w = *columns;
   int32_t tap[256];     // r * S + s of each window that covers this position: at most the window's area, at most 256
   int64_t window[256];  // and where that window's output starts
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t w = i % a.w, h = i / a.w % a.h, n = i / (a.w * a.h);
+  int64_t w = begin % a.w, h = begin / a.w % a.h, n = begin / (a.w * a.h);
+  for (int64_t i = begin; i < end; ++i, next_position(n, h, a.h, w, a.w)) {
     int count = 0;
     for (int64_t j = in_h.first[h]; j < in_h.first[h + 1]; ++j) {
       for (int64_t k = in_w.first[w]; k < in_w.first[w + 1]; ++k) {
@@ -90,7 +90,7 @@ void max_pool2d_backward(const T* dy, const uint8_t* offsets, T* dx, const PoolP
         } else {
           for (int j = 0; j < rest; ++j) b[j] = from[j];
         }
-        const Mask mine = __builtin_convertvector(b, Mask) == (Mask{} + (typename L::Int)tap[k]);
+        const Mask mine = widen_bytes(b) == (Mask{} + (typename L::Int)tap[k]);
         sum += mine ? load(dy + window[k] + c, full, rest) : V{};
       }
       store(dx + i * a.c + c, sum, full, rest);

@@ -77,6 +77,19 @@ struct Lanes<double> {
   using Int = int64_t;
 };
 
+// Bytes to and from integers as wide as the lanes of V, by doubling and halving: GCC 12 takes the direct conversion
+// apart into scalars.
+typedef uint16_t u16v64 __attribute__((vector_size(FASTCONV_VEC_BYTES / 4)));
+typedef uint32_t u32v64 __attribute__((vector_size(FASTCONV_VEC_BYTES / 2)));
+FASTCONV_INLINE i32v widen_bytes(u8v32 b) { return __builtin_convertvector(__builtin_convertvector(b, u16v), i32v); }
+FASTCONV_INLINE u8v32 narrow_bytes(i32v v) { return __builtin_convertvector(__builtin_convertvector(v, u16v), u8v32); }
+FASTCONV_INLINE i64v widen_bytes(u8v64 b) {
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, u16v64), u32v64), i64v);
+}
+FASTCONV_INLINE u8v64 narrow_bytes(i64v v) {
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, u32v64), u16v64), u8v64);
+}
+
 template <class A>
 FASTCONV_INLINE typename Lanes<A>::V broadcast(A a) {
   return typename Lanes<A>::V{} + a;
@@ -146,6 +159,16 @@ FASTCONV_INLINE void store(T* p, typename Vec<T>::V v, bool full, int n) {
   } else {
     Vec<T>::store_n(p, v, n);
   }
+}
+
+// The position after (n, h, w) in a tensor of h_size x w_size maps; a division per position costs as much as 64
+// channels' work.
+FASTCONV_INLINE void next_position(int64_t& n, int64_t& h, int64_t h_size, int64_t& w, int64_t w_size) {
+  if (++w < w_size) return;
+  w = 0;
+  if (++h < h_size) return;
+  h = 0;
+  ++n;
 }
 
 // Lane sums and maxima, in a fixed order.
