@@ -5,11 +5,11 @@
 // arguments.
 //
 // Layout of 4-d results ("CL" = torch.channels_last, decided by Tensor.suggest_memory_format()):
-//   output, preact, conv_output   convolutions: CL if the input or the weight is CL; else contiguous. Other operators:
-//   as the input. offsets                       as output grad_input                    as the input (for pooling
-//   backward, which sees no input: as the argument channels_last says) grad_weight                   as the weight
-//   grad_residual                 as the input
-//   grad_preact                   as saved
+// - output, preact, conv_output: of convolutions, CL if the input or the weight is CL; of other operators, as the
+// input.
+// - offsets: as output.
+// - grad_input: as the input (the pooling backwards, which see no input, are told by channels_last).
+// - grad_weight: as the weight. grad_residual: as the input. grad_preact: as saved.
 // dtypes: "accumulate type" is fp32, and fp64 for fp64 tensors; save_mean, save_invstd, lse and normalizer have it.
 // A gradient that output_mask does not ask for, and preact/conv_output/offsets that are not asked for, are empty
 // tensors of size [0].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,38 @@ def test_an_extension_that_does_not_load_warns_once(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning") == 1 and "cannot be loaded with torch" in done.stderr
     assert "reinstall fastconv" in done.stdout and "torch.Size([1, 1, 1, 1])" in done.stdout
+
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])
+def test_lower_instruction_sets(isa):
+    """The kernels are compiled once per instruction set; the ones this machine would not choose are tested here."""
+    active = fastconv._ext.build_info()["cpu_isa"]
+    if INSTRUCTION_SETS.index(isa) >= INSTRUCTION_SETS.index(active):
+        pytest.skip(f"{active} is what this process tests, or the most that this machine has")
+    files = [f"tests/test_{n}.py" for n in ("random", "conv2d_bias_act", "batch_norm_act", "cross_entropy", "pooling")]
+    chosen = "cpu and (test_random or test_activations or test_class_indices or test_dtypes)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
+    environment = os.environ | {"FASTCONV_CPU_ISA": isa}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-5000:]}"
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+@NEEDS_CPU
+def test_choice_of_instruction_set():
+    code = "import fastconv; print(fastconv.backends()['cpu'].reason)"
+    results = []
+    for isa in ("sse9", "portable"):
+        environment = os.environ | {"FASTCONV_CPU_ISA": isa}
+        command = [sys.executable, "-c", code]
+        results.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment))
+    assert results[0].returncode != 0
+    assert "FASTCONV_CPU_ISA: expected one of portable, avx2, avx512" in results[0].stderr
+    assert "portable" in results[1].stdout, results[1].stderr
 
 
 def test_info_command():

@@ -317,3 +317,40 @@ print("survived")
     root = Path(fastconv.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert "survived" in done.stdout, f"exit status {done.returncode}: {done.stderr}"
+
+
+def test_dilated_filter_beside_the_input():
+    """oneDNN 3.10's channels_last kernels crash on these (stock PyTorch too): some outputs read padding alone."""
+    code = """
+import torch, fastconv.functional as FF, torch.nn.functional as F
+# n c k h w r s, stride, padding, dilation
+for n, c, k, h, w, r, s, stride, padding, dilation in (
+    (4, 16, 10, 6, 1, 3, 1, (3, 2), (0, 5), (2, 2)),
+    (2, 32, 33, 6, 2, 2, 2, (3, 3), (2, 4), (1, 3)),
+    (1, 64, 6, 5, 1, 2, 2, (1, 3), (5, 4), (2, 2)),
+    (4, 16, 1, 3, 1, 3, 2, (1, 2), (1, 5), (1, 2)),
+):
+    x, weight, bias = torch.randn(n, c, h, w), torch.randn(k, c, r, s), torch.randn(k)
+    expected = F.conv2d(x, weight, bias, stride, padding, dilation).relu()
+    x = x.contiguous(memory_format=torch.channels_last)
+    for dtype, tol in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
+        ours = FF.conv2d_bias_relu(x.to(dtype), weight.to(dtype), bias.to(dtype), stride, padding, dilation)
+        torch.testing.assert_close(ours.float(), expected, rtol=tol / 10, atol=tol)
+print("survived")
+"""
+    root = Path(fastconv.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert "survived" in done.stdout, f"exit status {done.returncode}: {done.stderr}"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_dead_taps_between_live_ones(dtype, backend):
+    """Stride 2 on a 1x1 map: the outer taps meet the pixel, the middle one never does; oneDNN leaves it unwritten."""
+    for _ in range(4):
+        poison = torch.full((6, 5, 3, 3), float("nan"), dtype=dtype, device=backend.device)  # what empty() may reuse
+        x = torch.randn(2, 5, 1, 1, dtype=dtype, device=backend.device)
+        w = torch.randn(6, 5, 3, 3, dtype=dtype, device=backend.device, requires_grad=True)
+        del poison
+        (grad,) = torch.autograd.grad(FF.conv2d_bias_act(x, w, None, 2, 2, activation="identity").sum(), w)
+        assert not grad[:, :, 1].any() and not grad[:, :, :, 1].any()
+        torch.testing.assert_close(grad[:, :, ::2, ::2], x.sum(0).expand(6, 5, 2, 2), rtol=0.02, atol=0.02)

@@ -57,7 +57,8 @@ def test_class_indices(shape, dtype, reduction, backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_probabilities(shape, weight, smoothing, reduction, backend):
     tensors = make(shape, torch.float32, backend.device, True, weight)
-    check(OP, tensors, {"reduction": reduction, "label_smoothing": smoothing}, ("input", "target"))
+    # p * sum(t) - t: the sum over up to 1009 classes and the exponential (its AVX2 version) each add an ulp to stock's.
+    check(OP, tensors, {"reduction": reduction, "label_smoothing": smoothing}, ("input", "target"), slack=2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -38,16 +38,34 @@ struct LiveTaps {
   int64_t first, taps, pad;
 };
 
+bool touches(int64_t in, int64_t stride, int64_t pad, int64_t dil, int64_t p, int64_t tap) {
+  const int64_t i = p * stride - pad + tap * dil;
+  return i >= 0 && i < in;
+}
+
+// Whether the tap touches the input at any of the output positions.
+bool tap_is_live(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t dil, int64_t tap) {
+  for (int64_t p = 0; p < out; ++p) {
+    if (touches(in, stride, pad, dil, p, tap)) return true;
+  }
+  return false;
+}
+
+// Whether some output position reads padding alone.
+bool has_empty_position(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dil) {
+  for (int64_t p = 0; p < out; ++p) {
+    bool any = false;
+    for (int64_t t = 0; t < taps && !any; ++t) any = touches(in, stride, pad, dil, p, t);
+    if (!any) return true;
+  }
+  return false;
+}
+
 // All taps, where the same output size cannot be had with symmetric padding.
 LiveTaps live_taps(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dil) {
   int64_t first = taps, last = -1;
   for (int64_t t = 0; t < taps; ++t) {
-    for (int64_t p = 0; p < out; ++p) {
-      const int64_t i = p * stride - pad + t * dil;
-      if (i < 0 || i >= in) continue;
-      first = std::min(first, t), last = t;
-      break;
-    }
+    if (tap_is_live(in, out, stride, pad, dil, t)) first = std::min(first, t), last = t;
   }
   const LiveTaps all{0, taps, pad}, live{first, last - first + 1, pad - first * dil};
   if (last < 0 || live.pad < 0) return all;
@@ -78,6 +96,15 @@ struct Cropped {
 // With a bias, which oneDNN adds before its one rounding.
 at::Tensor aten_forward(const ConvParams& p, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   const Cropped live(p, weight);
+  // oneDNN 3.10's channels_last kernels crash on a dilated filter where a position reads padding alone; its NCHW
+  // kernels do not.
+  if (p.dil_h > 1 || p.dil_w > 1) {
+    if (has_empty_position(p.h, p.p, p.r, p.stride_h, p.pad_h, p.dil_h) ||
+        has_empty_position(p.w, p.q, p.s, p.stride_w, p.pad_w, p.dil_w)) {
+      return nhwc(at::convolution(x.contiguous(), live.weight.contiguous(), bias, {p.stride_h, p.stride_w},
+                                  {live.h.pad, live.w.pad}, live.dilation(p), false, {0, 0}, p.groups));
+    }
+  }
   return nhwc(at::convolution(x, live.weight, bias, {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad},
                               live.dilation(p), false, {0, 0}, p.groups));
 }
@@ -88,10 +115,20 @@ std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::
   auto [dx, dw, db] =
       at::convolution_backward(dy, x, live.weight, std::nullopt, {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad},
                                live.dilation(p), false, {0, 0}, p.groups, {mask[0], mask[1], false});
-  if (!mask[1] || live.all(p)) return {dx, dw};
-  const at::Tensor full = at::zeros_like(weight, {}, kLast);  // a tap that touches no input has gradient zero
-  live.crop(full).copy_(dw);
-  return {dx, full};
+  if (!mask[1]) return {dx, dw};
+  if (!live.all(p)) {
+    const at::Tensor full = at::zeros_like(weight, {}, kLast);
+    live.crop(full).copy_(dw);
+    dw = full;
+  }
+  // A tap that touches no input has gradient zero; oneDNN 3.10's bf16 kernel leaves it unwritten.
+  for (int64_t r = 0; r < p.r; ++r) {
+    if (!tap_is_live(p.h, p.p, p.stride_h, p.pad_h, p.dil_h, r)) dw.select(2, r).zero_();
+  }
+  for (int64_t s = 0; s < p.s; ++s) {
+    if (!tap_is_live(p.w, p.q, p.stride_w, p.pad_w, p.dil_w, s)) dw.select(3, s).zero_();
+  }
+  return {dx, dw};
 }
 
 }  // namespace
