@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torchvision
+from machine import device_facts, git_facts, versions
 
 from . import compare, plots
 from .checkpoint import binding_settings, write_atomically
@@ -260,53 +258,12 @@ def _seconds(value: float | None) -> str:
 # --------------------------------------------------------------------------------------------------- the surroundings
 
 
-def device_facts(device: torch.device) -> dict:
-    if device.type == "cuda":
-        p = torch.cuda.get_device_properties(device)
-        detail = f"sm_{p.major}{p.minor}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
-        return {"type": "cuda", "name": p.name, "detail": detail}
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or an architecture that does not name itself there
-    detail = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return {"type": "cpu", "name": name, "detail": detail}
-
-
-def versions() -> dict:
-    fastconv = sys.modules.get("fastconv")
-    return {
-        "fastconv": getattr(fastconv, "__version__", None),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-    }
-
-
 def _fastconv_backends() -> dict | None:
     """Which kernels fastconv could choose from here: name -> available, reason."""
     fastconv = sys.modules.get("fastconv")
     if fastconv is None:
         return None
     return {name: {"available": bool(one), "reason": one.reason} for name, one in fastconv.backends().items()}
-
-
-def git_facts() -> dict:
-    def git(*arguments: str) -> str | None:
-        try:
-            run = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 def _arguments() -> list[str]:
