@@ -15,20 +15,6 @@
 namespace fastconv::cpu {
 namespace {
 
-template <class T>
-void statistics(const T* x, const Spans& s, int64_t c0, int64_t c1, acc_t<T>* mean, acc_t<T>* m2, acc_t<T>* span_mean,
-                acc_t<T>* span_m2) {
-  using A = acc_t<T>;
-  const auto stats = FASTCONV_PICK(bn_stats<T>);
-  const auto merge = FASTCONV_PICK(bn_merge<A>);
-  stats(x, s.channels, 0, s.row_end(0), c0, c1, mean, m2);
-  for (int64_t i = 1; i < s.spans; ++i) {
-    stats(x, s.channels, s.row_begin(i), s.row_end(i), c0, c1, span_mean, span_m2);
-    merge(mean, m2, s.row_begin(i), span_mean, span_m2, s.row_end(i) - s.row_begin(i), c0, c1);
-  }
-  FASTCONV_PICK(bn_add_pivot<T>)(x, mean, c0, c1);
-}
-
 template <class A>
 void finish_statistics(const A* m2, A* invstd, int64_t rows, double eps, int64_t c0, int64_t c1) {
   for (int64_t c = c0; c < c1; ++c) invstd[c] = A(1) / std::sqrt(m2[c] / A(rows) + A(eps));
@@ -44,9 +30,11 @@ void forward_training(const at::Tensor& x, const at::Tensor& residual, const at:
   const T* px = const_data<T>(x);
   A *pmean = data<A>(mean), *pm2 = data<A>(m2), *pinv = data<A>(invstd);
   const at::Tensor scale = at::empty({channels}, acc_options(x));
-  const at::Tensor partial = at::empty({s.threads_own_channels ? 1 : s.spans, 2, channels}, acc_options(x));
+  const at::Tensor partial = at::empty({s.spans, 2, channels}, acc_options(x));
   A *pscale = data<A>(scale), *ppart = data<A>(partial);
   const A* pw = const_data<A>(weight);
+  const auto stats = FASTCONV_PICK(bn_stats<T>);
+  const auto add_pivot = FASTCONV_PICK(bn_add_pivot<T>);
   if (s.threads_own_channels) {
     // One region: each thread takes its channels through statistics and normalisation.
     const auto affine = affine_kernel<T>(act);
@@ -54,20 +42,16 @@ void forward_training(const at::Tensor& x, const at::Tensor& residual, const at:
     T* po = data<T>(out);
     const A* pb = const_data<A>(shift);
     parallel_tasks(s.parts, x.numel(), [&](int64_t begin, int64_t end) {
-      const int64_t last = s.channel_end(end - 1);
-      const int64_t step = resident_channels(rows, channels, sizeof(T), kChannelBlock);
-      for (int64_t c0 = s.channel_begin(begin); c0 < last; c0 += step) {
-        const int64_t c1 = std::min(last, c0 + step);
-        statistics<T>(px, s, c0, c1, pmean, pm2, ppart, ppart + channels);
-        finish_statistics(pm2, pinv, rows, eps, c0, c1);
-        for (int64_t c = c0; c < c1; ++c) pscale[c] = pinv[c] * pw[c];
-        affine(px, po, nullptr, pr, pmean, pscale, pb, channels, 0, rows, c0, c1, act);
-      }
+      const int64_t c0 = s.channel_begin(begin), c1 = s.channel_end(end - 1);
+      stats(px, channels, 0, rows, c0, c1, pmean, pm2);
+      add_pivot(px, pmean, c0, c1);
+      finish_statistics(pm2, pinv, rows, eps, c0, c1);
+      for (int64_t c = c0; c < c1; ++c) pscale[c] = pinv[c] * pw[c];
+      affine(px, po, nullptr, pr, pmean, pscale, pb, channels, 0, rows, c0, c1, act);
     });
     return;
   }
-  // Many threads, few channels: spans are shared out, joined in order, then rows are shared out.
-  const auto stats = FASTCONV_PICK(bn_stats<T>);
+  // Spans are shared out and joined in order, then rows are shared out.
   const auto merge = FASTCONV_PICK(bn_merge<A>);
   parallel_spans(s, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     stats(px, channels, r0, r1, c0, c1, ppart + 2 * i * channels, ppart + (2 * i + 1) * channels);
@@ -78,7 +62,7 @@ void forward_training(const at::Tensor& x, const at::Tensor& residual, const at:
     merge(pmean, pm2, s.row_begin(i), ppart + 2 * i * channels, ppart + (2 * i + 1) * channels,
           s.row_end(i) - s.row_begin(i), 0, channels);
   }
-  FASTCONV_PICK(bn_add_pivot<T>)(px, pmean, 0, channels);
+  add_pivot(px, pmean, 0, channels);
   finish_statistics(pm2, pinv, rows, eps, 0, channels);
   for (int64_t c = 0; c < channels; ++c) pscale[c] = pinv[c] * pw[c];
   channel_affine(x, out, {}, residual, mean, scale, shift, act);

@@ -35,12 +35,4 @@ BatchNormStats batch_norm_forward(const at::Tensor& x, const at::Tensor& residua
 // Fresh mean and invstd from the running statistics.
 BatchNormStats eval_stats(const at::Tensor& like, int64_t channels, const BatchNormArgs& args);
 
-// A part of the channels is taken through both passes of an operator while its bytes stay in half of a usual 1 MB L2.
-// Returns how many channels; all of them where fewer than 128 would fit: whole rows then stream better from L3 than
-// narrow strips do from L2 (4096 x 256 fp32: 290 us against 620).
-inline int64_t resident_channels(int64_t rows, int64_t channels, int64_t bytes_per_element, int64_t block) {
-  const int64_t fit = 512 * 1024 / std::max<int64_t>(1, rows * bytes_per_element) / block * block;
-  return fit < 128 ? channels : fit;
-}
-
 }  // namespace fastconv::cpu

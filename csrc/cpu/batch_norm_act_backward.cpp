@@ -47,7 +47,7 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
   const Spans s(rows, channels);
   const Kernels<T> kernels = pick<T>(p.act);
   const bool need_sums = out.weight_or_bias || out.dresidual || (out.training && out.dx);
-  const at::Tensor partial = at::empty({s.threads_own_channels ? 1 : s.spans, 2, channels}, sums.options());
+  const at::Tensor partial = at::empty({s.spans, 2, channels}, sums.options());
   const at::Tensor affine = at::zeros({2, channels}, sums.options());
   A *sum = data<A>(sums), *sum_x = sum + channels, *part = data<A>(partial);
   A *slope = data<A>(affine), *offset = slope + channels;
@@ -58,12 +58,6 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
     for (int64_t c = c0; c < c1; ++c) {
       slope[c] = -p.scale[c] * inv[c] * inv[c] * sum_x[c] / A(rows);
       offset[c] = -p.scale[c] * sum[c] / A(rows);
-    }
-  };
-  const auto join = [&](const A* from, int64_t c0, int64_t c1) {
-    for (int64_t c = c0; c < c1; ++c) {
-      sum[c] += from[c];
-      sum_x[c] += from[channels + c];
     }
   };
   // Once dresidual = dy is written, the second pass reads it in place of g and y, unless dy was rounded to 16 bits
@@ -77,20 +71,12 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
 
   if (s.threads_own_channels) {
     parallel_tasks(s.parts, rows * channels, [&](int64_t begin, int64_t end) {
-      const int64_t last = s.channel_end(end - 1);
-      const int64_t step = resident_channels(rows, channels, 3 * sizeof(T), kChannelBlock);
-      for (int64_t c0 = s.channel_begin(begin); c0 < last; c0 += step) {
-        const int64_t c1 = std::min(last, c0 + step);
-        if (need_sums) {
-          kernels.sums(&p, 0, s.row_end(0), c0, c1, sum, sum_x, out.dresidual);
-          for (int64_t i = 1; i < s.spans; ++i) {
-            kernels.sums(&p, s.row_begin(i), s.row_end(i), c0, c1, part, part + channels, out.dresidual);
-            join(part, c0, c1);
-          }
-          coefficients(c0, c1);
-        }
-        if (out.dx) apply(&second, slope, offset, out.dx, 0, rows, c0, c1);
+      const int64_t c0 = s.channel_begin(begin), c1 = s.channel_end(end - 1);
+      if (need_sums) {
+        kernels.sums(&p, 0, rows, c0, c1, sum, sum_x, out.dresidual);
+        coefficients(c0, c1);
       }
+      if (out.dx) apply(&second, slope, offset, out.dx, 0, rows, c0, c1);
     });
     return;
   }
@@ -100,7 +86,9 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
       kernels.sums(&p, r0, r1, c0, c1, mine, mine + channels, out.dresidual);
     });
     std::copy(part, part + 2 * channels, sum);
-    for (int64_t i = 1; i < s.spans; ++i) join(part + 2 * i * channels, 0, channels);
+    for (int64_t i = 1; i < s.spans; ++i) {
+      for (int64_t c = 0; c < 2 * channels; ++c) sum[c] += part[2 * i * channels + c];
+    }
     coefficients(0, channels);
   }
   if (out.dx) {

@@ -1,8 +1,10 @@
 // How the per-channel kernels split [rows, channels] over threads.
 //
 // Sums over rows are formed per span of rows and then joined in order. The spans depend on the number of rows alone, so
-// that results do not depend on the number of threads. Threads own channels where there are enough of them (then a
-// forward pass needs one parallel region); else they share the spans.
+// that results do not depend on the number of threads. Threads share the spans and read whole rows: slices of rows, one
+// thread's channels each, keep a thread's data together, but were up to 3 times slower (bf16 16x112x112x64: 5.8
+// ms, 1.7) where the tensor is larger than the cache, by strides that the prefetcher gives up on. Only a single span
+// (64 rows or fewer) is shared out by channels; then a forward pass needs one parallel region.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -30,12 +32,10 @@ struct Spans {
     const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
     width = std::max<int64_t>(1, (blocks + threads - 1) / threads) * kChannelBlock;
     parts = std::max<int64_t>(1, (channels + width - 1) / width);
-    if (parts < threads && spans > 1) {  // too few channels: one part, threads share the spans
+    threads_own_channels = spans == 1;
+    if (!threads_own_channels) {
       width = std::max<int64_t>(channels, 1);
       parts = 1;
-      threads_own_channels = false;
-    } else {
-      threads_own_channels = true;
     }
   }
 

@@ -14,8 +14,8 @@
 // written, then dx.
 //
 // Accumulation: fp32 (fp64 for double): sums of 64 rows in registers, then per span of rows, then over the spans in
-// order, so the result does not depend on the number of threads. Bytes, forward: x twice (the second time from cache
-// where the thread's channels fit), residual once in, y once out. Bytes, backward: g, x and y (or residual, where y is
+// order, so the result does not depend on the number of threads. Bytes, forward: x twice (from cache where it
+// fits), residual once in, y once out. Bytes, backward: g, x and y (or residual, where y is
 // not saved) twice in, dx once out, dresidual once out (then g and y once only).
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {

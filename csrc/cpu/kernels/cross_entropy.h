@@ -21,13 +21,6 @@ FASTCONV_INLINE double scalar_log(double x) { return __builtin_log(x); }
 FASTCONV_INLINE float scalar_exp(float x) { return __builtin_expf(x); }
 FASTCONV_INLINE double scalar_exp(double x) { return __builtin_exp(x); }
 
-// The first n lanes of x, the others replaced by `other`.
-template <class A, class V>
-FASTCONV_INLINE V keep(V x, A other, int n) {
-  for (int i = n; i < (int)(sizeof(V) / sizeof(A)); ++i) x[i] = other;
-  return x;
-}
-
 template <class T>
 FASTCONV_INLINE acc_t<T> scalar_load(const T* p) {
   return Vec<T>::load_n(p, 1)[0];
@@ -40,34 +33,44 @@ FASTCONV_INLINE void row_softmax(const T* x, int64_t c, acc_t<T>* max_out, acc_t
   using V = typename Vec<T>::V;
   constexpr int N = Vec<T>::N;
   constexpr int64_t kBlock = 512;
+  constexpr int kChains = 4;  // independent ones: each step of a maximum or a sum waits four cycles for the last
   const A lowest = -(A)__builtin_inf();
   A m = lowest, total = 0;
   for (int64_t b = 0; b < c; b += kBlock) {
     const int64_t e = b + kBlock < c ? b + kBlock : c;
-    V top = broadcast<A>(lowest);
+    V top[kChains];
+    for (int k = 0; k < kChains; ++k) top[k] = broadcast<A>(lowest);
     int64_t j = b;
-    for (; j + N <= e; j += N) {
-      const V v = Vec<T>::load(x + j);
-      top = v > top ? v : top;
+    for (; j + kChains * N <= e; j += kChains * N) {
+      for (int k = 0; k < kChains; ++k) {
+        const V v = Vec<T>::load(x + j + k * N);
+        top[k] = v > top[k] ? v : top[k];
+      }
     }
-    if (j < e) {
-      const V v = keep<A>(Vec<T>::load_n(x + j, (int)(e - j)), lowest, (int)(e - j));
-      top = v > top ? v : top;
+    for (; j < e; j += N) {
+      const int n = (int)(e - j);
+      const V v = j + N <= e ? Vec<T>::load(x + j) : keep<A>(Vec<T>::load_n(x + j, n), lowest, n);
+      top[0] = v > top[0] ? v : top[0];
     }
-    const A block_max = lane_max(top);
+    for (int k = 1; k < kChains; ++k) top[0] = top[k] > top[0] ? top[k] : top[0];
+    const A block_max = lane_max(top[0]);
     if (block_max > m) {
-      total *= scalar_exp(m - block_max);  // 0 for the first block: exp(-inf)
+      if (b > 0) total *= scalar_exp(m - block_max);
       m = block_max;
     }
     // All logits so far -inf: their exponentials count nothing until a finite one comes (a NaN must still show).
     const A base = m == lowest ? A(0) : m;
-    V sum{};
-    for (j = b; j + N <= e; j += N) sum += vexp(Vec<T>::load(x + j) - base);
-    if (j < e) {
-      const int n = (int)(e - j);
-      sum += vexp(keep<A>(Vec<T>::load_n(x + j, n), lowest, n) - base);
+    V sum[kChains];
+    for (int k = 0; k < kChains; ++k) sum[k] = V{};
+    for (j = b; j + kChains * N <= e; j += kChains * N) {
+      for (int k = 0; k < kChains; ++k) sum[k] += vexp(Vec<T>::load(x + j + k * N) - base);
     }
-    total += lane_sum(sum);
+    for (; j < e; j += N) {
+      const int n = (int)(e - j);
+      sum[0] += vexp((j + N <= e ? Vec<T>::load(x + j) : keep<A>(Vec<T>::load_n(x + j, n), lowest, n)) - base);
+    }
+    for (int k = 1; k < kChains; ++k) sum[0] += sum[k];
+    total += lane_sum(sum[0]);
   }
   *max_out = m;
   *sum_out = total;

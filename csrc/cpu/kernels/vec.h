@@ -23,7 +23,16 @@ typedef u16v u16v_u __attribute__((aligned(2), may_alias));
 typedef u8v32 u8v32_u __attribute__((aligned(1), may_alias));
 typedef u8v64 u8v64_u __attribute__((aligned(1), may_alias));
 
-FASTCONV_INLINE f32v widen(bf16, u16v bits) { return (f32v)(__builtin_convertvector(bits, u32v) << 16); }
+// 16-bit lanes to 32 and back. GCC 12 takes the conversion of a whole 512-bit vector apart into halves.
+#if FASTCONV_VEC_BYTES == 64
+FASTCONV_INLINE u32v widen_lanes(u16v v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
+FASTCONV_INLINE u16v narrow_lanes(u32v v) { return (u16v)_mm512_cvtepi32_epi16((__m512i)v); }
+#else
+FASTCONV_INLINE u32v widen_lanes(u16v v) { return __builtin_convertvector(v, u32v); }
+FASTCONV_INLINE u16v narrow_lanes(u32v v) { return __builtin_convertvector(v, u16v); }
+#endif
+
+FASTCONV_INLINE f32v widen(bf16, u16v bits) { return (f32v)(widen_lanes(bits) << 16); }
 
 #ifdef FASTCONV_DPBF16
 // One instruction; it takes subnormal numbers as zero, as the pair dot product does.
@@ -33,10 +42,17 @@ FASTCONV_INLINE u16v narrow(bf16, f32v x) {
   const u32v bits = (u32v)x;
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32v quiet = (bits >> 16) | 0x40u;  // a NaN stays one: rounding could carry it to infinity
-  return __builtin_convertvector((x != x) ? quiet : rounded, u16v);
+  return narrow_lanes((x != x) ? quiet : rounded);
 }
 #endif
 
+#if FASTCONV_VEC_BYTES == 64
+FASTCONV_INLINE f32v widen(f16, u16v bits) { return (f32v)_mm512_cvtph_ps((__m256i)bits); }
+FASTCONV_INLINE u16v narrow(f16, f32v x) { return (u16v)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif FASTCONV_VEC_BYTES == 32
+FASTCONV_INLINE f32v widen(f16, u16v bits) { return (f32v)_mm256_cvtph_ps((__m128i)bits); }
+FASTCONV_INLINE u16v narrow(f16, f32v x) { return (u16v)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
 FASTCONV_INLINE f32v widen(f16, u16v bits) {
   const u32v h = __builtin_convertvector(bits, u32v);
   const u32v sign = (h & 0x8000u) << 16;
@@ -57,6 +73,7 @@ FASTCONV_INLINE u16v narrow(f16, f32v x) {
   h = (magnitude > 0x7f800000u) ? (u32v{} + 0x7e00u) : h;   // NaN
   return __builtin_convertvector(h | sign, u16v);
 }
+#endif
 
 template <class A>
 struct Lanes;
@@ -95,6 +112,37 @@ FASTCONV_INLINE typename Lanes<A>::V broadcast(A a) {
   return typename Lanes<A>::V{} + a;
 }
 
+// The first n of a vector's elements; the rest reads as zero and stays unwritten.
+template <class V, class T>
+FASTCONV_INLINE V first_of(const T* p, int n) {
+  V t{};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return t;
+}
+template <class V, class T>
+FASTCONV_INLINE void put_first(T* p, V v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+#if FASTCONV_VEC_BYTES == 64  // one masked instruction, where the loop over lanes goes through memory
+FASTCONV_INLINE f32v first_of_16(const float* p, int n) {
+  return (f32v)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+FASTCONV_INLINE u16v first_of_16(const uint16_t* p, int n) {
+  return (u16v)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+}
+FASTCONV_INLINE void put_first_16(float* p, f32v v, int n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+FASTCONV_INLINE void put_first_16(uint16_t* p, u16v v, int n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
+}
+#else
+FASTCONV_INLINE f32v first_of_16(const float* p, int n) { return first_of<f32v>(p, n); }
+FASTCONV_INLINE u16v first_of_16(const uint16_t* p, int n) { return first_of<u16v>(p, n); }
+FASTCONV_INLINE void put_first_16(float* p, f32v v, int n) { put_first(p, v, n); }
+FASTCONV_INLINE void put_first_16(uint16_t* p, u16v v, int n) { put_first(p, v, n); }
+#endif
+
 template <class T>
 struct Vec {  // bf16, f16
   using A = float;
@@ -102,15 +150,8 @@ struct Vec {  // bf16, f16
   static constexpr int N = FASTCONV_VEC_BYTES / 4;
   static FASTCONV_INLINE V load(const T* p) { return widen(T{}, *(const u16v_u*)p); }
   static FASTCONV_INLINE void store(T* p, V v) { *(u16v_u*)p = narrow(T{}, v); }
-  static FASTCONV_INLINE V load_n(const T* p, int n) {
-    u16v t{};
-    for (int i = 0; i < n; ++i) t[i] = p[i].bits;
-    return widen(T{}, t);
-  }
-  static FASTCONV_INLINE void store_n(T* p, V v, int n) {
-    const u16v t = narrow(T{}, v);
-    for (int i = 0; i < n; ++i) p[i].bits = t[i];
-  }
+  static FASTCONV_INLINE V load_n(const T* p, int n) { return widen(T{}, first_of_16(&p->bits, n)); }
+  static FASTCONV_INLINE void store_n(T* p, V v, int n) { put_first_16(&p->bits, narrow(T{}, v), n); }
 };
 
 template <>
@@ -120,14 +161,8 @@ struct Vec<float> {
   static constexpr int N = FASTCONV_VEC_BYTES / 4;
   static FASTCONV_INLINE V load(const float* p) { return *(const f32v_u*)p; }
   static FASTCONV_INLINE void store(float* p, V v) { *(f32v_u*)p = v; }
-  static FASTCONV_INLINE V load_n(const float* p, int n) {
-    V t{};
-    for (int i = 0; i < n; ++i) t[i] = p[i];
-    return t;
-  }
-  static FASTCONV_INLINE void store_n(float* p, V v, int n) {
-    for (int i = 0; i < n; ++i) p[i] = v[i];
-  }
+  static FASTCONV_INLINE V load_n(const float* p, int n) { return first_of_16(p, n); }
+  static FASTCONV_INLINE void store_n(float* p, V v, int n) { put_first_16(p, v, n); }
 };
 
 template <>
@@ -137,14 +172,8 @@ struct Vec<double> {
   static constexpr int N = FASTCONV_VEC_BYTES / 8;
   static FASTCONV_INLINE V load(const double* p) { return *(const f64v_u*)p; }
   static FASTCONV_INLINE void store(double* p, V v) { *(f64v_u*)p = v; }
-  static FASTCONV_INLINE V load_n(const double* p, int n) {
-    V t{};
-    for (int i = 0; i < n; ++i) t[i] = p[i];
-    return t;
-  }
-  static FASTCONV_INLINE void store_n(double* p, V v, int n) {
-    for (int i = 0; i < n; ++i) p[i] = v[i];
-  }
+  static FASTCONV_INLINE V load_n(const double* p, int n) { return first_of<V>(p, n); }
+  static FASTCONV_INLINE void store_n(double* p, V v, int n) { put_first(p, v, n); }
 };
 
 // Whole vectors where `full` (known at the call), else the first n lanes.
@@ -171,18 +200,32 @@ FASTCONV_INLINE void next_position(int64_t& n, int64_t& h, int64_t h_size, int64
   ++n;
 }
 
-// Lane sums and maxima, in a fixed order.
+// Lane sums and maxima: halves onto halves, log2(lanes) steps where one lane after the other waits for each.
+template <class A>
+FASTCONV_INLINE typename Lanes<A>::Mask lane_numbers() {
+  typename Lanes<A>::Mask m{};
+  for (unsigned i = 0; i < sizeof(m) / sizeof(A); ++i) m[i] = (typename Lanes<A>::Int)i;
+  return m;
+}
 template <class V>
 FASTCONV_INLINE auto lane_sum(V v) {
-  auto s = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(s); ++i) s += v[i];
-  return s;
+  using A = __typeof__(v[0] + 0);
+  for (unsigned step = sizeof(V) / sizeof(A) / 2; step; step /= 2) v += __builtin_shuffle(v, lane_numbers<A>() ^ step);
+  return v[0];
 }
 template <class V>
 FASTCONV_INLINE auto lane_max(V v) {
-  auto m = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(m); ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  using A = __typeof__(v[0] + 0);
+  for (unsigned step = sizeof(V) / sizeof(A) / 2; step; step /= 2) {
+    const V other = __builtin_shuffle(v, lane_numbers<A>() ^ step);
+    v = other > v ? other : v;
+  }
+  return v[0];
+}
+// The first n lanes of x, the others replaced by `other`.
+template <class A, class V>
+FASTCONV_INLINE V keep(V x, A other, int n) {
+  return lane_numbers<A>() < (typename Lanes<A>::Int)n ? x : broadcast<A>(other);
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS
