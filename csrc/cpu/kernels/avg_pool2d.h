@@ -16,6 +16,21 @@ FASTCONV_INLINE V divide(V x, int64_t divisor) {
   return (divisor & (divisor - 1)) == 0 ? x * (A(1) / A(divisor)) : x / A(divisor);
 }
 
+// The sum of a window's rows x columns pixels, G vectors of channels side by side: a pixel is read in pieces of at
+// least 256 bytes where it has them, which the prefetcher follows (7x7x2048 fp32: twice as fast as one vector at a
+// time).
+template <class T, int G>
+FASTCONV_INLINE void window_sum(const T* first, int64_t row_step, int64_t pixel_step, int64_t rows, int64_t columns,
+                                typename Vec<T>::V* sum, bool full, int rest) {
+  for (int g = 0; g < G; ++g) sum[g] = typename Vec<T>::V{};
+  for (int64_t h = 0; h < rows; ++h) {
+    const T* from = first + h * row_step;
+    for (int64_t w = 0; w < columns; ++w, from += pixel_step) {
+      for (int g = 0; g < G; ++g) sum[g] += load(from + g * Vec<T>::N, full, rest);
+    }
+  }
+}
+
 // Output positions [begin, end), channels [c0, c1).
 template <class T>
 void avg_pool2d(const T* x, T* y, const PoolWindows* windows, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
@@ -31,14 +46,17 @@ void avg_pool2d(const T* x, T* y, const PoolWindows* windows, int64_t begin, int
     const int64_t divisor = empty ? 1 : a.h_count[p] * a.w_count[q];
     const T* first = x + ((n * a.h + h0) * a.w + w0) * a.c;
     T* out = y + o * a.c;
-    for (int64_t c = c0; c < c1; c += N) {
+    int64_t c = c0;
+    for (; c + 4 * N <= c1; c += 4 * N) {
+      V sum[4];
+      window_sum<T, 4>(first + c, a.w * a.c, a.c, rows, columns, sum, true, 0);
+      for (int g = 0; g < 4; ++g) store(out + c + g * N, divide<acc_t<T>>(sum[g], divisor), true, 0);
+    }
+    for (; c < c1; c += N) {
       const bool full = c + N <= c1;
       const int rest = (int)(c1 - c);
-      V sum{};
-      for (int64_t h = 0; h < rows; ++h) {
-        const T* from = first + h * a.w * a.c + c;
-        for (int64_t w = 0; w < columns; ++w, from += a.c) sum += load(from, full, rest);
-      }
+      V sum;
+      window_sum<T, 1>(first + c, a.w * a.c, a.c, rows, columns, &sum, full, rest);
       store(out + c, divide<acc_t<T>>(sum, divisor), full, rest);
     }
   }

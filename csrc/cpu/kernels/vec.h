@@ -98,8 +98,13 @@ struct Lanes<double> {
 // apart into scalars.
 typedef uint16_t u16v64 __attribute__((vector_size(FASTCONV_VEC_BYTES / 4)));
 typedef uint32_t u32v64 __attribute__((vector_size(FASTCONV_VEC_BYTES / 2)));
+#if FASTCONV_VEC_BYTES == 64
+FASTCONV_INLINE i32v widen_bytes(u8v32 b) { return (i32v)_mm512_cvtepu8_epi32((__m128i)b); }
+FASTCONV_INLINE u8v32 narrow_bytes(i32v v) { return (u8v32)_mm512_cvtepi32_epi8((__m512i)v); }
+#else
 FASTCONV_INLINE i32v widen_bytes(u8v32 b) { return __builtin_convertvector(__builtin_convertvector(b, u16v), i32v); }
 FASTCONV_INLINE u8v32 narrow_bytes(i32v v) { return __builtin_convertvector(__builtin_convertvector(v, u16v), u8v32); }
+#endif
 FASTCONV_INLINE i64v widen_bytes(u8v64 b) {
   return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, u16v64), u32v64), i64v);
 }
