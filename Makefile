@@ -2,7 +2,7 @@
 #
 #   PYTHON         the interpreter .venv is made from (>= 3.10)           make test PYTHON=python3.12
 #   FASTCONV_CUDA  0: without the CUDA kernels, 1: insist on them         make demo FASTCONV_CUDA=0
-#   ARGS           passed on to pytest                                    make test ARGS="-k pooling"
+#   ARGS           passed on to pytest, or to bench/all.py                make test ARGS="-k pooling"
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,6 +37,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every subject against every peer, in at most 15 minutes; tables and pictures land in bench/results/<device>.
+bench: setup
+	$(BIN)/python bench/all.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

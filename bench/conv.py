@@ -141,7 +141,7 @@ def _summary(bench: Bench) -> None:
             if rows:
                 worst = min(rows, key=lambda r: r.speedup)
                 mean = geomean(r.speedup for r in rows)
-                print(f"{op} {dtype}: geometric mean {mean:.2f} x the best peer, worst {worst.speedup:.2f} ({worst.shape})")
+                print(f"{op} {dtype}: geometric mean {mean:.2f} x best peer, worst {worst.speedup:.2f} ({worst.shape})")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
 from machine import device_facts, git_facts, versions
 
 from . import compare, plots

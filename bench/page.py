@@ -1,0 +1,101 @@
+"""bench/results/<device>/README.md and its pictures, from the JSON files that the subjects left there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import draw
+from harness import OURS, geomean
+
+HEAD = """| operation | dtype | shapes | geometric mean x best peer | worst | best | lost |
+|---|---|---|---|---|---|---|
+"""
+
+
+def write(out: Path) -> None:
+    """Reads OUT/*.json, writes OUT/README.md, OUT/roofline.png, OUT/peers.png and OUT/step.png where there is data."""
+    subjects = {}
+    for path in sorted(out.glob("*.json")):
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and "subject" in data and "rows" in data:
+            subjects[data["subject"]] = data
+    if not subjects:
+        return
+    facts = next(iter(subjects.values()))["environment"]
+    device, versions = facts["device"], facts["versions"]
+    commits = sorted({(s["environment"]["git"]["commit"] or "unknown")[:7] for s in subjects.values()})
+    text = [
+        f"# {device['name']}\n",
+        f"{device['detail']}; torch {versions['torch']}, Python {versions['python']}; commit {', '.join(commits)}. "
+        "Made by `make bench`; every number is in the CSV and JSON files beside this page.\n",
+    ]
+    rates = [s["environment"]["rates"] for s in subjects.values() if "rates" in s["environment"]]
+    if rates:
+        best = {name: max(r[name] for r in rates if name in r) for name in rates[0]}
+        words = [f"copy {best['copy']:.0f} GB/s"]
+        words += [f"{name} matrix product {rate:.2f} TFLOP/s" for name, rate in best.items() if name != "copy"]
+        text.append("Measured rates of the machine: " + ", ".join(words) + ".\n")
+    operators = {name: s for name, s in subjects.items() if name not in ("memory", "train_step", "inference")}
+    if operators:
+        text += ["## Operators\n", _operators(operators), _pictures(out, operators)]
+    for name, title in (("train_step", "Training step"), ("inference", "Inference")):
+        if name in subjects:
+            text += [f"## {title}\n", _steps(subjects[name]["rows"])]
+            if draw.steps(out / f"{name}.png", subjects[name]["rows"], title):
+                text.append(f"![{title}]({name}.png)\n")
+    if "memory" in subjects:
+        text += ["## Memory kept for the backward pass\n", _memory(subjects["memory"]["rows"])]
+    (out / "README.md").write_text("\n".join(text))
+
+
+def _operators(subjects: dict) -> str:
+    lines = []
+    for data in subjects.values():
+        ours = [r for r in data["rows"] if r["competitor"] == "fastconv"]
+        for op, dtype in dict.fromkeys((r["op"], r["dtype"]) for r in ours):
+            rows = [r for r in ours if (r["op"], r["dtype"]) == (op, dtype)]
+            worst, best = (f(rows, key=lambda r: r["speedup"]) for f in (min, max))
+            lost = sum(r["speedup"] < 1 for r in rows)
+            lines.append(
+                f"| {op} | {dtype} | {len(rows)} | {geomean(r['speedup'] for r in rows):.2f} "
+                f"| {worst['speedup']:.2f} ({worst['shape']}) | {best['speedup']:.2f} ({best['shape']}) | {lost} |"
+            )
+    noisy = sum(not r["quiet"] for d in subjects.values() for r in d["rows"])
+    total = sum(len(d["rows"]) for d in subjects.values())
+    note = f"\n\nAbove 1 fastconv is faster than every peer. {noisy} of {total} rows were taken on a busy machine.\n"
+    return HEAD + "\n".join(lines) + note
+
+
+def _pictures(out: Path, subjects: dict) -> str:
+    rows = [r for d in subjects.values() for r in d["rows"]]
+    draw.peers(out / "peers.png", rows)
+    draw.roofline(out / "roofline.png", rows, next(iter(subjects.values()))["environment"]["rates"])
+    return "![Speed against the best peer](peers.png)\n\n![Roofline](roofline.png)\n"
+
+
+def _steps(rows: list[dict]) -> str:
+    lines = ["| what | dtype | competitor | ms | images/s | x best peer |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        mark = "**" if r["competitor"].startswith(OURS) else ""
+        batch = int(r["shape"].split("x")[0])
+        lines.append(
+            f"| {r['op']} {r['shape']} | {r['dtype']} | {mark}{r['competitor']}{mark} | {r['us'] / 1e3:.2f} "
+            f"| {batch / r['us'] * 1e6:,.0f} | {r['speedup']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _memory(rows: list[dict]) -> str:
+    lines = ["| model | batch x px | dtype | stock | fastconv | ratio |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        stock, ours = (f"{r[k] / 2**20:.1f} MiB" for k in ("stock_saved", "fastconv_saved"))
+        lines.append(
+            f"| {r['model']} | {r['batch']} x {r['size']} | {r['dtype']} | {stock} | {ours} | {r['saved_ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
