@@ -137,7 +137,7 @@ def extension():
         say("torch is not there at build time: installing the pure-Python part only (install torch, then reinstall)")
         return [], {}
     os.chdir(ROOT)
-    sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+    sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/host/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
     if not sources:
         raise SystemExit("fastconv: csrc/ holds no C++ sources; this source tree is not complete")
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))

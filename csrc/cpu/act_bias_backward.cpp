@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "../host/act_check.h"
 #include "host.h"
 #include "parallel.h"
 
@@ -28,21 +29,7 @@ std::tuple<at::Tensor, at::Tensor> act_bias_backward_op(const at::Tensor& grad_o
                                                         c10::string_view activation, std::array<bool, 2> output_mask) {
   constexpr const char* op = "act_bias_backward";
   const PlainDispatch guard;
-  check_float(op, "grad_output", grad_output);
-  check_dim(op, "grad_output", grad_output, 4);
-  const Act act = parse_act(op, {activation.data(), activation.size()});
-  at::MemoryFormat format = grad_output.suggest_memory_format();
-  if (act == Act::identity) {
-    TORCH_CHECK(!output_mask[0], op,
-                ": output_mask[0] expected False for activation 'identity' (grad_preact is grad_output), got True");
-  } else {
-    TORCH_CHECK(given(saved), op, ": saved expected a tensor for activation '", activation, "', got None");
-    check_device(op, "saved", *saved, grad_output);
-    check_dtype(op, "saved", *saved, grad_output.scalar_type());
-    check_sizes(op, "saved", *saved, grad_output.sizes());
-    format = saved->suggest_memory_format();  // a gradient may arrive expanded; the output it belongs to has the layout
-                                              // that counts
-  }
+  const auto [act, format] = check_act_bias_backward(op, grad_output, saved, activation, output_mask);
   const int64_t channels = grad_output.size(1);
   const auto none = [&] { return no_tensor(grad_output.options()); };
   const at::Tensor g = nhwc(grad_output);

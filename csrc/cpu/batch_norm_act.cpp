@@ -100,32 +100,6 @@ void update_running(const BatchNormArgs& args, const at::Tensor& mean, const at:
 
 }  // namespace
 
-void check_batch_norm(const char* op, at::IntArrayRef sizes, const at::Tensor& like, const BatchNormArgs& args,
-                      const char* weight_name, const char* bias_name) {
-  const int64_t channels = sizes[1];
-  check_channels(op, weight_name, args.weight, like, channels);
-  check_channels(op, bias_name, args.bias, like, channels);
-  check_channels(op, "running_mean", args.running_mean, like, channels);
-  check_channels(op, "running_var", args.running_var, like, channels);
-  if (given(args.num_batches_tracked)) {
-    const at::Tensor& count = *args.num_batches_tracked;
-    check_device(op, "num_batches_tracked", count, like);
-    TORCH_CHECK(count.scalar_type() == at::kLong && count.numel() == 1, op,
-                ": num_batches_tracked expected one int64 element, got ", count.scalar_type(), " of size ",
-                count.sizes());
-  }
-  if (args.training) {
-    TORCH_CHECK_VALUE(sizes[0] * sizes[2] * sizes[3] != 1,
-                      "Expected more than 1 value per channel when training, got input size ", sizes);
-    TORCH_CHECK(args.momentum.has_value() || given(args.num_batches_tracked) ||
-                    !(given(args.running_mean) || given(args.running_var)),
-                op, ": momentum expected a number where num_batches_tracked is not given, got None");
-  } else {
-    TORCH_CHECK(given(args.running_mean), op, ": running_mean must be defined in evaluation mode");
-    TORCH_CHECK(given(args.running_var), op, ": running_var must be defined in evaluation mode");
-  }
-}
-
 BatchNormStats eval_stats(const at::Tensor& like, int64_t channels, const BatchNormArgs& args) {
   BatchNormStats stats{at::empty({channels}, acc_options(like)), at::empty({channels}, acc_options(like))};
   stats.mean.copy_(*args.running_mean);

@@ -3,25 +3,10 @@
 
 #include <algorithm>
 
+#include "../host/batch_norm_check.h"
 #include "host.h"
 
 namespace fastconv::cpu {
-
-struct BatchNormArgs {
-  const OptTensor& weight;
-  const OptTensor& bias;
-  const OptTensor& running_mean;
-  const OptTensor& running_var;
-  const OptTensor& num_batches_tracked;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-};
-
-// Checks everything about args against a 4-d batch norm input of `sizes` (and the dtype and device of `like`). The
-// names are those of the arguments in op's schema.
-void check_batch_norm(const char* op, at::IntArrayRef sizes, const at::Tensor& like, const BatchNormArgs& args,
-                      const char* weight_name = "weight", const char* bias_name = "bias");
 
 struct BatchNormStats {
   at::Tensor mean, invstd;  // [C], accumulate type

@@ -103,31 +103,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
     c10::string_view activation, std::array<bool, 4> output_mask) {
   constexpr const char* op = "batch_norm_act_backward";
   const PlainDispatch guard;
-  check_float(op, "input", input);
-  check_dim(op, "input", input, 4);
+  const BatchNormSaved saved = check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean,
+                                                         invstd, activation, output_mask);
+  const Act act = saved.act;
   const int64_t channels = input.size(1);
-  const Act act = parse_act(op, {activation.data(), activation.size()});
-  check_device(op, "grad_output", grad_output, input);
-  check_dtype(op, "grad_output", grad_output, input.scalar_type());
-  check_sizes(op, "grad_output", grad_output, input.sizes());
-  check_channels(op, "weight", weight, input, channels);
-  check_channels(op, "bias", bias, input, channels);
-  for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"mean", mean}, {"invstd", invstd}}) {
-    check_device(op, name, t, input);
-    check_dtype(op, name, t, acc_type(input.scalar_type()));
-    check_sizes(op, name, t, {channels});
-  }
-  const bool recompute = act != Act::identity && !act_saves_output(act);
-  const bool from_output = act != Act::identity && !recompute;
-  if (from_output) {
-    TORCH_CHECK(given(output), op, ": output expected a tensor for activation '", activation, "', got None");
-    check_device(op, "output", *output, input);
-    check_dtype(op, "output", *output, input.scalar_type());
-    check_sizes(op, "output", *output, input.sizes());
-  }
-  if (recompute) check_residual(op, residual, input, input.sizes());
-  TORCH_CHECK(!(act == Act::identity && output_mask[1]), op,
-              ": output_mask[1] expected False for activation 'identity' (grad_residual is grad_output), got True");
+  const bool recompute = saved.recompute, from_output = saved.from_output;
 
   const at::MemoryFormat format = input.suggest_memory_format();
   const at::Tensor x = nhwc(input), g = nhwc(grad_output);

@@ -4,16 +4,10 @@
 #include <array>
 #include <tuple>
 
+#include "../host/conv2d_check.h"
 #include "host.h"
 
 namespace fastconv::cpu {
-
-// Checks input, weight, bias and the geometry; returns the sizes of everything.
-ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
-                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
-
-// channels_last if the input or the weight is, else contiguous.
-at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight);
 
 // What follows the sums: out = act((conv - mean) * scale + shift + residual), pre = the same before act. Vectors are
 // [K] in the accumulate type, or undefined (0, 1, 0); residual and pre are NHWC or undefined.

@@ -7,6 +7,7 @@
 #include <array>
 #include <vector>
 
+#include "../host/cross_entropy_check.h"
 #include "host.h"
 #include "parallel.h"
 
@@ -18,7 +19,6 @@ namespace {
 
 constexpr int64_t kChunk =
     256;  // positions whose losses are summed together: fixed, so the result does not depend on the threads
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // Everything that forward and backward share: arguments checked and brought into one of the two layouts.
 struct Problem {
@@ -31,50 +31,17 @@ struct Problem {
   int64_t positions() const { return params.n * params.d; }
 };
 
-at::Tensor channels_last_view(const at::Tensor& t) { return t.dim() > 2 ? t.movedim(1, -1) : t; }
-
 Problem make_problem(const char* op, const at::Tensor& input, const at::Tensor& target, const OptTensor& weight,
                      int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  check_float(op, "input", input);
-  TORCH_CHECK(input.dim() >= 2, op, ": input expected at least 2 dimensions [N, C, ...], got ", input.dim());
-  check_strided(op, "target", target);
-  check_device(op, "target", target, input);
-  TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction expected 0 (none), 1 (mean) or 2 (sum), got ",
-              reduction);
-  TORCH_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0,
-              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  const LossTarget checked = check_cross_entropy(op, input, target, weight, reduction, ignore_index, label_smoothing);
   const int64_t classes = input.size(1);
-  if (given(weight)) {
-    check_device(op, "weight", *weight, input);
-    check_strided(op, "weight", *weight);
-    TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes, op, ": weight expected size [", classes,
-                "] (one per class), got ", weight->sizes());
-    TORCH_CHECK(weight->scalar_type() == input.scalar_type() || weight->scalar_type() == acc_type(input.scalar_type()),
-                op, ": weight expected dtype ", input.scalar_type(), ", got ", weight->scalar_type());
-  }
   Problem p;
-  p.position_sizes = input.sizes().vec();
-  p.position_sizes.erase(p.position_sizes.begin() + 1);
-  p.probabilities = target.is_floating_point();
-  if (p.probabilities) {
-    check_float(op, "target", target);
-    check_sizes(op, "target (probabilities)", target, input.sizes());
-    TORCH_CHECK(ignore_index < 0, op, ": ignore_index is not supported for floating point target");
-  } else {
-    TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, op,
-                ": target expected dtype int64 or uint8 (class indices) or a floating dtype (probabilities), got ",
-                target.scalar_type());
-    if (target.dim() > 0 && input.size(0) != target.size(0)) {
-      TORCH_CHECK_VALUE(false, op, ": Expected input batch_size (", input.size(0), ") to match target batch_size (",
-                        target.size(0), ").");
-    }
-    check_sizes(op, "target (class indices)", target, p.position_sizes);
-  }
+  p.position_sizes = checked.position_sizes;
+  p.probabilities = checked.probabilities;
   int64_t d = 1;
   for (int64_t i = 2; i < input.dim(); ++i) d *= input.size(i);
   p.params = {input.size(0), classes, d, ignore_index, label_smoothing};
-  // Dense channels-last logits are rows already; everything else is read as contiguous: rows if d is 1, else columns.
-  p.rows = d == 1 || (!input.is_contiguous() && channels_last_view(input).is_contiguous());
+  p.rows = classes_last(input);
   const auto arrange = [&](const at::Tensor& t) {
     return p.rows ? channels_last_view(t).contiguous() : t.contiguous();
   };
@@ -146,19 +113,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_backward_op(const at::Tensor& g
   const PlainDispatch guard;
   const Problem p = make_problem(op, input, target, weight, reduction, ignore_index, label_smoothing);
   const at::ScalarType acc = acc_type(input.scalar_type());
-  check_float(op, "grad_loss", grad_loss);
-  check_device(op, "grad_loss", grad_loss, input);
-  check_dtype(op, "lse", lse, acc);
-  check_device(op, "lse", lse, input);
-  check_sizes(op, "lse", lse, p.position_sizes);
-  check_dtype(op, "normalizer", normalizer, acc);
-  TORCH_CHECK(normalizer.numel() == 1, op, ": normalizer expected 1 element, got ", normalizer.numel());
-  if (reduction == kNone) {
-    check_sizes(op, "grad_loss", grad_loss, p.position_sizes);
-  } else {
-    TORCH_CHECK(grad_loss.numel() == 1, op, ": grad_loss expected 1 element, got ", grad_loss.numel());
-  }
-  TORCH_CHECK(!output_mask[1] || p.probabilities, op, ": output_mask[1] expected False for class indices, got True");
+  check_cross_entropy_backward(op, grad_loss, input, lse, normalizer, reduction, {p.position_sizes, p.probabilities},
+                               output_mask);
   const at::Tensor dx = output_mask[0] ? at::empty_like(p.x) : no_tensor(input.options());
   const at::Tensor dprobs = output_mask[1] ? at::empty_like(p.probs) : at::Tensor();
   const at::Tensor g = grad_loss.to(acc).contiguous(), sums = lse.contiguous();
@@ -178,16 +134,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_backward_op(const at::Tensor& g
       });
     });
   }
-  // Back from the rows layout to [N, C, d..]: a view, and a dense tensor's own strides. A result has at::empty_like's
-  // strides.
-  const auto restore = [&](const at::Tensor& t, const at::Tensor& like) {
-    const at::Tensor view = p.rows && input.dim() > 2 ? t.movedim(-1, 1) : t;
-    const at::Tensor typed = view.to(like.scalar_type());
-    return like.is_non_overlapping_and_dense() && typed.strides() == like.strides() ? typed
-                                                                                    : at::empty_like(like).copy_(typed);
-  };
-  return {output_mask[0] ? restore(dx, input) : dx,
-          output_mask[1] ? restore(dprobs, target) : no_tensor(input.options())};
+  return {output_mask[0] ? restore_classes(dx, input, p.rows) : dx,
+          output_mask[1] ? restore_classes(dprobs, target, p.rows) : no_tensor(input.options())};
 }
 
 }  // namespace

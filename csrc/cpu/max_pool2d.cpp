@@ -12,11 +12,6 @@
 namespace fastconv::cpu {
 namespace {
 
-void check_area(const char* op, const PoolParams& a) {
-  TORCH_CHECK(a.r * a.s <= 256, op, ": kernel_size expected an area of at most 256 (offsets are uint8), got ", a.r, "x",
-              a.s);
-}
-
 // The tables of PoolTaps: position i = window * stride - pad + tap * dil.
 struct Taps {
   std::vector<int64_t> first, window, tap;
@@ -70,25 +65,11 @@ at::Tensor max_pool2d_backward_op(const at::Tensor& grad_output, const at::Tenso
                                   at::IntArrayRef dilation, bool channels_last) {
   constexpr const char* op = "max_pool2d_backward";
   const PlainDispatch guard;
-  check_float(op, "grad_output", grad_output);
-  check_dim(op, "grad_output", grad_output, 4);
-  check_device(op, "offsets", offsets, grad_output);
-  check_dtype(op, "offsets", offsets, at::kByte);
-  check_sizes(op, "offsets", offsets, grad_output.sizes());
-  check_pair(op, "input_size", input_size, 1);
-  const int64_t sizes[4] = {grad_output.size(0), grad_output.size(1), input_size[0], input_size[1]};
-  PoolParams a = pool_params(op, sizes, kernel_size, stride, padding, dilation, false);
-  check_area(op, a);
-  // Whether the forward pass rounded up is seen from the output's size.
-  const int64_t p = pool_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h, true),
-                q = pool_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w, true);
-  const int64_t got_p = grad_output.size(2), got_q = grad_output.size(3);
-  TORCH_CHECK((got_p == a.p && got_q == a.q) || (got_p == p && got_q == q), op, ": grad_output expected spatial size ",
-              a.p, "x", a.q, " (or ", p, "x", q, " with ceil_mode), got ", got_p, "x", got_q);
-  a.p = got_p, a.q = got_q;
+  const PoolParams a =
+      max_pool_backward_params(op, grad_output, offsets, input_size, kernel_size, stride, padding, dilation);
   const at::MemoryFormat format = memory_format(channels_last);
   const at::Tensor g = nhwc(grad_output), o = nhwc(offsets);
-  const at::Tensor dx = empty_nhwc(sizes, g.options(), format);
+  const at::Tensor dx = empty_nhwc({a.n, a.c, a.h, a.w}, g.options(), format);
   const Taps rows(a.h, a.p, a.r, a.stride_h, a.pad_h, a.dil_h), columns(a.w, a.q, a.s, a.stride_w, a.pad_w, a.dil_w);
   const PoolTaps in_h = rows.view(), in_w = columns.view();
   if (dx.numel() > 0) {

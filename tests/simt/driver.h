@@ -5,10 +5,11 @@
 
 static std::string g_last_error;
 
-static int report(const fastconv::Status& status) {
-  g_last_error = status.message;
-  return status.ok() ? 0 : 1;
+static int report(const std::string& message) {
+  g_last_error = message;
+  return message.empty() ? 0 : 1;
 }
+[[maybe_unused]] static int report(const fastconv::Status& status) { return report(status.message); }
 
 extern "C" {
 const char* simt_error() { return g_last_error.c_str(); }
@@ -20,19 +21,4 @@ void simt_counters(int64_t* out) {
   std::memcpy(out, values, sizeof(values));
   simt::g.counters = {};
 }
-}
-
-// Calls f(T{}) for the dtype that the tests name: 0 fp32, 1 fp16, 2 bf16.
-template <class F>
-static int for_dtype(int dtype, F f) {
-  switch (dtype) {
-    case 0:
-      return report(f(float{}));
-    case 1:
-      return report(f(__half{}));
-    case 2:
-      return report(f(__nv_bfloat16{}));
-    default:
-      return report({"unknown dtype"});
-  }
 }

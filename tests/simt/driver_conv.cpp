@@ -1,74 +1,38 @@
-// Entry points of the convolution kernels for ctypes (tests/simt/simt_lib.py mirrors the struct).
-#include "conv_depthwise.cuh"
-#include "conv_launch.cuh"
-#include "driver.h"
+// The convolution kernels and their entry points (csrc/cuda), for ctypes and for the host side (host.cpp).
+#ifndef FASTCONV_SIMT_DTYPES
+#define FASTCONV_SIMT_DTYPES 7
+#endif
+#if FASTCONV_SIMT_DTYPES == 7
+#include "conv.cu"
+#include "conv_bf16.cu"
+#include "conv_fp16.cu"
+#include "conv_fp32.cu"
+#else
+#include "launch_conv.cuh"
+#endif
 
 #include <cxxabi.h>
 
 #include <typeinfo>
 
+#include "driver.h"
+
 using namespace fastconv;
-
-struct ConvCall {
-  const void *a, *b, *bias, *residual, *grad_saved;
-  const float *scale, *shift, *pro_scale, *pro_shift;
-  void *out, *preact;
-  float *stat_mean, *stat_m2, *partial;
-  ConvShape shape;
-  int dtype, act, pro_act, tile, splits, tensor, kind;  // kind: 0 fprop, 1 dgrad, 2 wgrad; +3: depthwise
-};
-
-#ifndef FASTCONV_SIMT_DTYPES
-#define FASTCONV_SIMT_DTYPES 7
-#endif
-
-template <class T>
-static Status call(const ConvCall& c) {
-  ConvProblem<T> p{};
-  p.a = static_cast<const T*>(c.a);
-  p.b = static_cast<const T*>(c.b);
-  p.shape = c.shape;
-  p.prologue = {c.pro_scale, c.pro_shift, static_cast<Activation>(c.pro_act)};
-  p.epilogue = {static_cast<T*>(c.out),
-                static_cast<const T*>(c.bias),
-                c.scale,
-                c.shift,
-                static_cast<const T*>(c.residual),
-                static_cast<T*>(c.preact),
-                static_cast<const T*>(c.grad_saved),
-                c.stat_mean,
-                c.stat_m2,
-                c.partial,
-                static_cast<Activation>(c.act)};
-  p.tile = c.tile;
-  p.splits = c.splits;
-  p.tensor = c.tensor != 0;
-  if (c.kind == 0) return launch_conv_fprop(p, nullptr);
-  if (c.kind == 1) return launch_conv_dgrad(p, nullptr);
-  if (c.kind == 2) return launch_conv_wgrad(p, nullptr);
-  DepthwiseParams<T> d{p.a, p.b, p.shape, p.prologue, p.epilogue, p.splits};
-  if (c.kind == 3) return launch_depthwise<T, false>(d, nullptr);
-  if (c.kind == 4) return launch_depthwise<T, true>(d, nullptr);
-  return launch_depthwise_wgrad(d, nullptr);
-}
 
 extern "C" int simt_conv(const ConvCall* c) {
 #if FASTCONV_SIMT_DTYPES == 7
-  return for_dtype(c->dtype, [&](auto t) { return call<decltype(t)>(*c); });
+  return report(conv(*c, nullptr));
 #else
-  return report(call<__nv_bfloat16>(*c));
+  return report(call_conv<__nv_bfloat16>(*c, nullptr));
 #endif
 }
 
 extern "C" int simt_conv_tile_rows(const ConvCall* c) {
-  ConvProblem<__half> h{};  // alignment and channel count in 2-byte elements
-  ConvProblem<float> f{};
-  h.a = static_cast<const __half*>(c->a), h.b = static_cast<const __half*>(c->b);
-  f.a = static_cast<const float*>(c->a), f.b = static_cast<const float*>(c->b);
-  h.shape = f.shape = c->shape;
-  h.tile = f.tile = c->tile;
-  h.tensor = f.tensor = c->tensor != 0;
-  return c->dtype == 0 ? conv_tile_rows(f) : conv_tile_rows(h);
+#if FASTCONV_SIMT_DTYPES == 7
+  return conv_tile_rows(*c);
+#else
+  return call_conv_tile_rows<__nv_bfloat16>(*c);
+#endif
 }
 
 // "traits|threads|dynamic shared memory" of every convolution kernel, for resources.py: what the compiler cannot see.

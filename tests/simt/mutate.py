@@ -177,8 +177,9 @@ def skip_fault(file: str, line: int, what: str) -> tuple[str, bool]:
 def edit_fault(file: str, old: str, new: str, full: str = "") -> tuple[str, bool]:
     name = f"{file}: {' '.join(old.split())} -> {' '.join(new.split()) or 'nothing'}"
     with tempfile.TemporaryDirectory(prefix="fastconv-mutant-") as folder:
-        copy = Path(folder) / "kernels"
-        shutil.copytree(simt_lib.KERNELS, copy)
+        # with the launch files beside the kernels: they include them by relative paths
+        shutil.copytree(simt_lib.LAUNCH, Path(folder) / "cuda")
+        copy = Path(folder) / "cuda" / "kernels"
         text = (copy / file).read_text()
         pattern = r"\s*".join(re.escape(word) for word in old.split())  # however clang-format breaks the line
         text, count = re.subn(pattern, lambda _: new, text, count=1)

@@ -17,7 +17,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-KERNELS = ROOT / "csrc" / "cuda" / "kernels"
+LAUNCH = ROOT / "csrc" / "cuda"
+KERNELS = LAUNCH / "kernels"
 BUILD = ROOT / "build" / "simt"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -69,9 +70,20 @@ def build(
         *sorted(HERE.glob("*.h")),
         *sorted(HERE.glob("*.cuh")),
         *sorted(kernels.glob("*.cuh")),
+        *sorted(kernels.glob("*.h")),
+        *sorted(kernels.parent.glob("*.cu")),
+        *sorted(kernels.parent.glob("*.cuh")),
+        kernels.parent / "api.h",
     ]
     command = ["g++", "-std=c++17", *SANITIZE[sanitize], *cpu_flags(), "-fPIC", "-shared", "-DFASTCONV_SIMT", *extra]
-    command += ["-Wall", "-Wno-unknown-pragmas", f"-I{kernels}", f"-I{HERE}", f"-isystem{cuda_include()}"]
+    command += [
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        f"-I{kernels}",
+        f"-I{kernels.parent}",
+        f"-I{HERE}",
+        f"-isystem{cuda_include()}",
+    ]
     digest = hashlib.sha256("\0".join(command).encode())
     for source in sources:
         digest.update(source.read_bytes())

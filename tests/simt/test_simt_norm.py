@@ -113,7 +113,8 @@ class NormCall(ctypes.Structure):
     ]
     _fields_ += [(f, ctypes.c_int64) for f in ["rows", "part_rows"]]
     _fields_ += [
-        (f, ctypes.c_int) for f in ["dtype", "params_float", "channels", "training", "act", "blocks", "min_rows"]
+        (f, ctypes.c_int)
+        for f in ["dtype", "params_float", "running_float", "channels", "training", "act", "blocks", "min_rows"]
     ]
     _fields_ += [("momentum", ctypes.c_float), ("eps", ctypes.c_float)]
 
@@ -161,7 +162,7 @@ def norm(
     )
     call.rows, call.part_rows, call.dtype, call.channels = rows, parts[0] if parts else 0, DTYPES[x.dtype], channels
     typed = next((t for t in (weight, bias, running_mean) if t is not None), None)
-    call.params_float = int(typed is None or typed.dtype == torch.float32)
+    call.params_float = call.running_float = int(typed is None or typed.dtype == torch.float32)
     call.training, call.act, call.blocks, call.min_rows = int(training), ACTIVATIONS.index(act), blocks, min_rows
     call.momentum, call.eps = -1.0 if momentum is None else momentum, eps
     library("norm").call("simt_batch_norm", ctypes.byref(call), seed=seed)

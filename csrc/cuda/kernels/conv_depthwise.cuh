@@ -128,8 +128,8 @@ Status launch_depthwise(const DepthwiseParams<T>& p, Stream stream) {
   if (p.epilogue.stat_mean) return {"depthwise: statistics are not fused"};
   const ConvEpilogue<T>& e = p.epilogue;
   bool vec = g.c % kVec16<T> == 0;
-  for (const T* q : {p.a, static_cast<const T*>(e.out), e.residual, static_cast<const T*>(e.preact), e.grad_saved})
-    vec = vec && reinterpret_cast<uintptr_t>(q) % 16 == 0;
+  const void* operands[] = {p.a, e.out, e.residual, e.preact, e.grad_saved};
+  for (const void* q : operands) vec = vec && reinterpret_cast<uintptr_t>(q) % 16 == 0;
   const int n = vec ? kVec16<T> : 1;
   const int64_t items = static_cast<int64_t>(g.n) *
                         (Dgrad ? static_cast<int64_t>(g.h) * g.w : static_cast<int64_t>(g.p) * g.q) * (g.c / n);

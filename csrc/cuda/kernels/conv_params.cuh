@@ -6,13 +6,9 @@
 
 #include "activation.cuh"
 #include "common.cuh"
+#include "shapes.h"
 
 namespace fastconv {
-
-struct ConvShape {
-  int n, h, w, c, k, r, s, p, q;  // c and k count all groups
-  int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
-};
 
 // out = act(acc * scale[k] + shift[k] + bias[k] + residual); each pointer may be null.
 template <class T>

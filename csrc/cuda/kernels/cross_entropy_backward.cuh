@@ -93,9 +93,8 @@ Status launch_cross_entropy_backward(const LossBackwardParams<T>& p, Stream stre
   constexpr int kN = kVec16<T>;
   const LossParams<T>& f = p.forward;
   uintptr_t bits = 0;
-  for (const T* q :
-       {f.input, f.probabilities, static_cast<const T*>(p.grad_input), static_cast<const T*>(p.grad_probabilities)})
-    bits |= reinterpret_cast<uintptr_t>(q);
+  const void* operands[] = {f.input, f.probabilities, p.grad_input, p.grad_probabilities};
+  for (const void* q : operands) bits |= reinterpret_cast<uintptr_t>(q);
   const bool vec = loss_vec<T>(f.shape, bits);
   switch (loss_lanes(f.shape)) {
     case 1:

@@ -4,6 +4,8 @@
 // here allocates, synchronises or reads the device, so a launch can be captured in a CUDA graph.
 #pragma once
 
+#include <initializer_list>
+
 #include "ptx.cuh"
 
 #if defined(FASTCONV_SIMT)

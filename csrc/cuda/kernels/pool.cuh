@@ -13,19 +13,11 @@
 
 #include "common.cuh"
 #include "launch.cuh"
+#include "shapes.h"
 
 namespace fastconv {
 
 constexpr int kPoolThreads = 128;
-
-enum class PoolKind : int { kMax, kAvg, kAdaptiveAvg };
-
-struct PoolShape {
-  int n, h, w, c, p, q;                                      // input h w, output p q
-  int r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;  // window; unused by adaptive
-  bool count_include_pad;
-  int divisor_override;  // 0: none
-};
 
 template <class T>
 struct PoolParams {
@@ -231,7 +223,8 @@ Status run_pool(PoolKind kind, bool backward, const PoolParams<T>& p, dim3 grid,
 template <class T>
 Status launch_pool(PoolKind kind, bool backward, const PoolParams<T>& p, Stream stream) {
   const PoolShape& g = p.shape;
-  if (kind == PoolKind::kMax && g.r * g.s > 256) return {"max_pool2d: a window holds at most 256 positions"};
+  if (kind == PoolKind::kMax && p.offsets && g.r * g.s > 256)
+    return {"max_pool2d: a window holds at most 256 positions"};
   if (kind == PoolKind::kMax && backward && !p.offsets) return {"max_pool2d_backward: needs the offsets"};
   constexpr int kN = kVec16<T>;
   const bool vec = g.c % kN == 0 &&

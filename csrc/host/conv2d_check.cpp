@@ -1,8 +1,8 @@
 // Argument checks and output sizes of the convolutions; rules and texts follow PyTorch's.
 
-#include "conv2d.h"
+#include "conv2d_check.h"
 
-namespace fastconv::cpu {
+namespace fastconv {
 
 ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
@@ -53,4 +53,4 @@ at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight) 
                                                                                          : at::MemoryFormat::Contiguous;
 }
 
-}  // namespace fastconv::cpu
+}  // namespace fastconv

@@ -1,0 +1,28 @@
+// Batch norm as batch_norm_act and conv2d_bn_act share it on the GPU.
+#pragma once
+
+#include "../host/batch_norm_check.h"
+#include "conv2d.h"
+#include "host.h"
+
+namespace fastconv::cuda {
+
+struct BatchNormStats {
+  at::Tensor mean, invstd;  // [C] fp32
+};
+
+// out = act(batch_norm(x) + residual), running statistics and num_batches_tracked updated in the same launches. x, out,
+// residual (or undefined): NHWC; out may be x. parts: the statistics that x's convolution made on the way, or empty.
+BatchNormStats batch_norm_forward(const char* op, const Device& device, const at::Tensor& x, const at::Tensor& residual,
+                                  const at::Tensor& out, const BatchNormArgs& args, Act act,
+                                  const ConvStatistics& parts);
+
+// Evaluation as scale and shift of the convolution's epilogue; conv_bias may be undefined.
+struct BatchNormScale {
+  at::Tensor scale, shift;
+  BatchNormStats stats;
+};
+BatchNormScale fold_batch_norm(const char* op, const Device& device, const at::Tensor& like, int64_t channels,
+                               const BatchNormArgs& args, const OptTensor& conv_bias);
+
+}  // namespace fastconv::cuda

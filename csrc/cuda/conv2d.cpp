@@ -1,0 +1,171 @@
+// Host side of the convolution: check -> allocate -> choose tile -> launch; conv2d_bias_act and conv2d_backward.
+//
+// Fast path: channels_last input and weight. Other layouts are copied to it first and the result copied back.
+
+#include "conv2d.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "conv2d_config.h"
+
+namespace fastconv::cuda {
+namespace {
+
+ConvShape conv_shape(const char* op, const ConvParams& p) {
+  const auto i = [&](const char* name, int64_t v) { return to_int(op, name, v); };
+  return {i("the batch", p.n),          i("the input's height", p.h),  i("the input's width", p.w),
+          i("the channels", p.c),       i("the filters", p.k),         i("the filter's height", p.r),
+          i("the filter's width", p.s), i("the output's height", p.p), i("the output's width", p.q),
+          i("stride", p.stride_h),      i("stride", p.stride_w),       i("padding", p.pad_h),
+          i("padding", p.pad_w),        i("dilation", p.dil_h),        i("dilation", p.dil_w),
+          i("groups", p.groups)};
+}
+
+bool is_depthwise(const ConvShape& g) { return g.groups > 1 && g.groups == g.c && g.k == g.c; }
+
+// One dtype-independent call: everything but the operands.
+ConvCall make_call(const char* op, const ConvShape& shape, const at::Tensor& like, ConvKind kind) {
+  ConvCall call{};
+  call.shape = shape;
+  call.dtype = dtype_number(op, like);
+  call.kind = kind;
+  call.splits = 1;
+  call.tensor = call.dtype != 0 || at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  return call;
+}
+
+// Fills in tile and splits, and allocates the partial sums.
+at::Tensor choose(ConvCall& call, const at::Tensor& like, const Device& device, bool stats) {
+  const ConvShape& g = call.shape;
+  const auto kind = static_cast<ConvKind>(call.kind);
+  int64_t result = 0;
+  if (kind == kDepthwiseWgrad) {
+    call.splits = depthwise_wgrad_splits(g, device.multiprocessors());
+    result = static_cast<int64_t>(g.c) * g.r * g.s;
+  } else if (kind < kDepthwiseFprop) {
+    const ConvChoice choice =
+        choose_conv(g, kind, static_cast<int>(like.element_size()), device.multiprocessors(), stats);
+    call.tile = choice.tile;
+    call.splits = choice.splits;
+    result = gemm_view(g, kind).result;
+  }
+  if (call.splits == 1) return {};
+  const at::Tensor partial = at::empty({call.splits, result}, like.options().dtype(at::kFloat));
+  call.partial = data<float>(partial);
+  return partial;
+}
+
+}  // namespace
+
+at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& p, const at::Tensor& input,
+                        const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
+                        ConvStatistics* stats) {
+  const at::Tensor out = empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
+  const ConvShape shape = conv_shape(op, p);
+  dtype_number(op, input);
+  if (p.n == 0) return out;
+  const at::Tensor x = nhwc(input), w = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  const bool depthwise = is_depthwise(shape);
+  ConvCall call = make_call(op, shape, x, depthwise ? kDepthwiseFprop : kFprop);
+  call.a = raw(x), call.b = raw(w), call.out = raw(out);
+  call.scale = const_data<float>(epilogue.scale), call.shift = const_data<float>(epilogue.shift);
+  at::Tensor bias = epilogue.bias.defined() ? epilogue.bias.contiguous() : at::Tensor();
+  if (bias.defined() && bias.scalar_type() != x.scalar_type() && call.shift == nullptr) {
+    call.shift = const_data<float>(bias);  // an fp32 bias beside 16-bit tensors is a shift
+  } else if (bias.defined()) {
+    bias = bias.to(x.scalar_type());
+    call.bias = raw(bias);
+  }
+  call.residual = raw(epilogue.residual), call.preact = raw(epilogue.pre);
+  call.act = static_cast<int>(epilogue.act);
+  const bool want_stats = stats != nullptr && !depthwise;
+  const at::Tensor partial = choose(call, x, device, want_stats);
+  if (want_stats) {
+    stats->part_rows = conv_tile_rows(call);
+    const int64_t parts = (p.gemm_m() + stats->part_rows - 1) / stats->part_rows;
+    stats->mean = at::empty({parts, p.k}, acc_options(x));
+    stats->m2 = at::empty({parts, p.k}, acc_options(x));
+    call.stat_mean = data<float>(stats->mean), call.stat_m2 = data<float>(stats->m2);
+  }
+  check_launch(op, conv(call, device.stream()));
+  return out;
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> conv2d_bias_act(const at::Tensor& input, const at::Tensor& weight,
+                                                   const OptTensor& bias, const OptTensor& residual,
+                                                   at::IntArrayRef stride, at::IntArrayRef padding,
+                                                   at::IntArrayRef dilation, int64_t groups,
+                                                   c10::string_view activation, bool save_preact) {
+  constexpr const char* op = "conv2d_bias_act";
+  const PlainDispatch guard;
+  const ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups);
+  const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
+  check_residual(op, residual, input, sizes);
+  const Device device(input);
+  const at::MemoryFormat format = conv_format(input, weight);
+  ConvEpilogueTensors epilogue;
+  epilogue.act = parse_act(op, {activation.data(), activation.size()});
+  if (given(bias)) epilogue.bias = *bias;
+  if (given(residual)) epilogue.residual = nhwc(*residual);
+  if (save_preact) epilogue.pre = empty_nhwc(sizes, input.options(), format);
+  const at::Tensor out = conv_forward(op, device, p, input, weight, epilogue, format, nullptr);
+  return {to_format(out, format), save_preact ? to_format(epilogue.pre, format) : no_tensor(input.options())};
+}
+
+std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                   const at::Tensor& weight, at::IntArrayRef stride,
+                                                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                                   std::array<bool, 2> output_mask) {
+  constexpr const char* op = "conv2d_backward";
+  const PlainDispatch guard;
+  const ConvParams p = conv_params(op, input, weight, {}, stride, padding, dilation, groups);
+  check_device(op, "grad_output", grad_output, input);
+  check_dtype(op, "grad_output", grad_output, input.scalar_type());
+  check_sizes(op, "grad_output", grad_output, {p.n, p.k, p.p, p.q});
+  const ConvShape shape = conv_shape(op, p);
+  dtype_number(op, input);
+  const auto format_x = input.suggest_memory_format(), format_w = weight.suggest_memory_format();
+  at::Tensor dx = no_tensor(input.options()), dw = no_tensor(weight.options());
+  if (input.numel() == 0 || grad_output.numel() == 0) {
+    if (output_mask[0]) dx = at::zeros_like(input, {}, format_x);
+    if (output_mask[1]) dw = at::zeros_like(weight, {}, format_w);
+    return {dx, dw};
+  }
+  const Device device(input);
+  const bool depthwise = is_depthwise(shape);
+  const at::Tensor dy = nhwc(grad_output);
+  if (output_mask[0]) {
+    const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
+    dx = empty_nhwc(input.sizes(), input.options(), format_x);
+    ConvCall call = make_call(op, shape, dy, depthwise ? kDepthwiseDgrad : kDgrad);
+    call.a = raw(dy), call.b = raw(w), call.out = raw(dx);
+    const at::Tensor partial = choose(call, dy, device, false);
+    check_launch(op, conv(call, device.stream()));
+    dx = to_format(dx, format_x);
+  }
+  if (output_mask[1]) {
+    const at::Tensor x = nhwc(input);
+    dw = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
+    ConvCall call = make_call(op, shape, dy, depthwise ? kDepthwiseWgrad : kWgrad);
+    call.a = raw(dy), call.b = raw(x), call.out = raw(dw);
+    const at::Tensor partial = choose(call, dy, device, false);
+    check_launch(op, conv(call, device.stream()));
+    dw = to_format(dw, format_w);
+  }
+  return {dx, dw};
+}
+
+}  // namespace
+
+FASTCONV_GPU_OPERATORS(m) {
+  m.impl("conv2d_bias_act", &conv2d_bias_act);
+  m.impl("conv2d_backward", &conv2d_backward);
+}
+
+}  // namespace fastconv::cuda

@@ -1,0 +1,154 @@
+// Host side of the pools and their backwards: check -> allocate -> launch.
+
+#include <torch/library.h>
+
+#include "../host/pool_check.h"
+#include "host.h"
+
+namespace fastconv::cuda {
+namespace {
+
+PoolShape pool_shape(const char* op, const PoolParams& a) {
+  const auto i = [&](const char* name, int64_t v) { return to_int(op, name, v); };
+  PoolShape g{};
+  g.n = i("the batch", a.n), g.h = i("the input's height", a.h), g.w = i("the input's width", a.w);
+  g.c = i("the channels", a.c), g.p = i("the output's height", a.p), g.q = i("the output's width", a.q);
+  g.r = i("kernel_size", a.r), g.s = i("kernel_size", a.s);
+  g.stride_h = i("stride", a.stride_h), g.stride_w = i("stride", a.stride_w);
+  g.pad_h = i("padding", a.pad_h), g.pad_w = i("padding", a.pad_w);
+  g.dil_h = i("dilation", a.dil_h), g.dil_w = i("dilation", a.dil_w);
+  return g;
+}
+
+// in -> a new tensor of `sizes` in `format`; offsets as the kernel of `kind` needs them.
+at::Tensor run(const char* op, PoolKind kind, bool backward, const at::Tensor& in, at::IntArrayRef sizes,
+               at::MemoryFormat format, const at::Tensor& offsets, const PoolShape& shape) {
+  const at::Tensor out = empty_nhwc(sizes, in.options(), format);
+  PoolCall call{};
+  call.dtype = dtype_number(op, in);
+  if (out.numel() == 0) return to_format(out, format);
+  if (in.numel() == 0) return to_format(out.zero_(), format);  // the gradient of an empty output
+  const Device device(in);
+  const at::Tensor dense = nhwc(in);
+  call.in = raw(dense), call.out = raw(out), call.offsets = data<uint8_t>(offsets);
+  call.shape = shape, call.kind = kind, call.backward = backward;
+  check_launch(op, pool(call, device.stream()));
+  return to_format(out, format);
+}
+
+std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size,
+                                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                              bool ceil_mode, bool save_offsets) {
+  constexpr const char* op = "max_pool2d";
+  const PlainDispatch guard;
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 4);
+  const PoolParams a = pool_params(op, input.sizes(), kernel_size, stride, padding, dilation, ceil_mode);
+  if (save_offsets) check_area(op, a);
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const std::array<int64_t, 4> sizes{a.n, a.c, a.p, a.q};
+  const auto bytes = input.options().dtype(at::kByte);
+  const at::Tensor offsets = save_offsets ? empty_nhwc(sizes, bytes, format) : no_tensor(bytes);
+  const at::Tensor out = run(op, PoolKind::kMax, false, input, sizes, format, offsets, pool_shape(op, a));
+  return {out, save_offsets ? to_format(offsets, format) : offsets};
+}
+
+at::Tensor max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& offsets, at::IntArrayRef input_size,
+                               at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, bool channels_last) {
+  constexpr const char* op = "max_pool2d_backward";
+  const PlainDispatch guard;
+  const PoolParams a =
+      max_pool_backward_params(op, grad_output, offsets, input_size, kernel_size, stride, padding, dilation);
+  const std::array<int64_t, 4> sizes{a.n, a.c, a.h, a.w};
+  return run(op, PoolKind::kMax, true, grad_output, sizes, memory_format(channels_last), nhwc(offsets),
+             pool_shape(op, a));
+}
+
+PoolShape average_shape(const char* op, at::IntArrayRef sizes, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                        at::IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                        std::optional<int64_t> divisor_override) {
+  TORCH_CHECK(divisor_override.value_or(1) != 0, op, ": divisor must be not zero");
+  const int64_t ones[2] = {1, 1};
+  PoolShape g = pool_shape(op, pool_params(op, sizes, kernel_size, stride, padding, ones, ceil_mode));
+  g.count_include_pad = count_include_pad;
+  g.divisor_override = to_int(op, "divisor_override", divisor_override.value_or(0));
+  return g;
+}
+
+at::Tensor avg_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                      at::IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                      std::optional<int64_t> divisor_override) {
+  constexpr const char* op = "avg_pool2d";
+  const PlainDispatch guard;
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 4);
+  const PoolShape g =
+      average_shape(op, input.sizes(), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  return run(op, PoolKind::kAvg, false, input, {g.n, g.c, g.p, g.q}, input.suggest_memory_format(), {}, g);
+}
+
+at::Tensor avg_pool2d_backward(const at::Tensor& grad_output, at::IntArrayRef input_size, at::IntArrayRef kernel_size,
+                               at::IntArrayRef stride, at::IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                               std::optional<int64_t> divisor_override, bool channels_last) {
+  constexpr const char* op = "avg_pool2d_backward";
+  const PlainDispatch guard;
+  check_float(op, "grad_output", grad_output);
+  check_dim(op, "grad_output", grad_output, 4);
+  check_pair(op, "input_size", input_size, 1);
+  const int64_t sizes[4] = {grad_output.size(0), grad_output.size(1), input_size[0], input_size[1]};
+  const PoolShape g =
+      average_shape(op, sizes, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  check_sizes(op, "grad_output", grad_output, {g.n, g.c, g.p, g.q});
+  return run(op, PoolKind::kAvg, true, grad_output, sizes, memory_format(channels_last), {}, g);
+}
+
+// The same text as the CPU's: PyTorch's.
+void check_positions(const char* op, at::IntArrayRef channels_and_positions) {
+  for (int64_t size : channels_and_positions) {
+    TORCH_CHECK(size > 0, op, ": Expected input to have non-zero size for non-batch dimensions, but input has size ",
+                channels_and_positions, " there");
+  }
+}
+
+PoolShape adaptive_shape(const char* op, int64_t n, int64_t c, int64_t h, int64_t w, int64_t p, int64_t q) {
+  PoolParams a{};
+  a.n = n, a.c = c, a.h = h, a.w = w, a.p = p, a.q = q;
+  return pool_shape(op, a);
+}
+
+at::Tensor adaptive_avg_pool2d(const at::Tensor& input, at::IntArrayRef output_size) {
+  constexpr const char* op = "adaptive_avg_pool2d";
+  const PlainDispatch guard;
+  check_float(op, "input", input);
+  check_dim(op, "input", input, 4);
+  check_pair(op, "output_size", output_size, 0);
+  check_positions(op, input.sizes().slice(1));
+  const std::array<int64_t, 4> sizes{input.size(0), input.size(1), output_size[0], output_size[1]};
+  return run(op, PoolKind::kAdaptiveAvg, false, input, sizes, input.suggest_memory_format(), {},
+             adaptive_shape(op, sizes[0], sizes[1], input.size(2), input.size(3), sizes[2], sizes[3]));
+}
+
+at::Tensor adaptive_avg_pool2d_backward(const at::Tensor& grad_output, at::IntArrayRef input_size, bool channels_last) {
+  constexpr const char* op = "adaptive_avg_pool2d_backward";
+  const PlainDispatch guard;
+  check_float(op, "grad_output", grad_output);
+  check_dim(op, "grad_output", grad_output, 4);
+  check_pair(op, "input_size", input_size, 1);
+  const std::array<int64_t, 4> sizes{grad_output.size(0), grad_output.size(1), input_size[0], input_size[1]};
+  return run(op, PoolKind::kAdaptiveAvg, true, grad_output, sizes, memory_format(channels_last), {},
+             adaptive_shape(op, sizes[0], sizes[1], sizes[2], sizes[3], grad_output.size(2), grad_output.size(3)));
+}
+
+}  // namespace
+
+FASTCONV_GPU_OPERATORS(m) {
+  m.impl("max_pool2d", &max_pool2d);
+  m.impl("max_pool2d_backward", &max_pool2d_backward);
+  m.impl("avg_pool2d", &avg_pool2d);
+  m.impl("avg_pool2d_backward", &avg_pool2d_backward);
+  m.impl("adaptive_avg_pool2d", &adaptive_avg_pool2d);
+  m.impl("adaptive_avg_pool2d_backward", &adaptive_avg_pool2d_backward);
+}
+
+}  // namespace fastconv::cuda

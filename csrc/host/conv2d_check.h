@@ -1,0 +1,15 @@
+// Arguments of the convolutions, checked once for every device.
+#pragma once
+
+#include "tensor.h"
+
+namespace fastconv {
+
+// Checks input, weight, bias and the geometry; returns the sizes of everything.
+ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
+// channels_last if the input or the weight is, else contiguous.
+at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight);
+
+}  // namespace fastconv

@@ -1,0 +1,5 @@
+// The operators of csrc/cuda under the names fastconv_simt::*, over CPU tensors: the same host files, their launches
+// answered by the emulator.
+#include "../../csrc/schemas.h"
+
+TORCH_LIBRARY(fastconv_simt, m) { fastconv::define_operators(m); }
