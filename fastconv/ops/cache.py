@@ -72,7 +72,7 @@ class Measurements:
     def __init__(self, directory: Path, environment: str) -> None:
         self.path, self.environment = directory / _NAME, environment
         self._told: set[str] = set()
-        self._on_disk = True
+        self.on_disk = True
         self._entries: dict[str, Entry] = {}
         self._entries = self._read().get(environment, {})
 
@@ -85,7 +85,7 @@ class Measurements:
     def put(self, key: str, entry: Entry, replace: bool = False) -> Entry:
         """Adds ``entry`` in memory and on disk. Returns the one that holds: another process may have been first."""
         self._entries[key] = entry
-        if not self._on_disk:
+        if not self.on_disk:
             return entry
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Measurements:
                 self._write({"format": FORMAT, "environments": environments})
             self._entries = own
         except OSError as error:
-            self._on_disk = False
+            self.on_disk = False
             log.info("measurements are kept in memory only: %s cannot be written (%s)", self.path, error)
         return self._entries[key]
 

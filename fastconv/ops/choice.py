@@ -129,7 +129,8 @@ def select(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: 
     if getattr(_thread, "explaining", False):
         raise Explained(decision)
     known = _known[registry._choice]
-    if decision.settled and key is not None and key[-1] is not None and torch.autograd.forward_ad._current_level < 0:
+    remember = decision.settled and policy is None and torch.autograd.forward_ad._current_level < 0
+    if remember and key is not None and key[-1] is not None:
         if len(known) >= _MOST_KNOWN:
             known.clear()
         known[key] = decision.backend

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +50,7 @@ def spec(t: Tensor | None) -> Spec | None:
 def _up(size: int, bits: int) -> int:
     """``size`` rounded up to ``bits`` significant bits."""
     step = 1 << max(0, size.bit_length() - bits)
-    rounded = -(-size // step) * step
-    return rounded
+    return -(-size // step) * step
 
 
 def _layout(shape: Sequence[int], stride: Sequence[int]) -> str:
@@ -93,6 +93,12 @@ def class_of(op: str, specs: Sequence[Spec | None], settings: Sequence[object]) 
     batched = _BATCHED.get(op, (0,))
     words = [op, *(_text(t, i in batched) for i, t in enumerate(specs)), *map(_setting, settings)]
     return " ".join(words)
+
+
+def short(call: str) -> str:
+    """A class's name without what its neighbours in a table share: vectors, absent tensors, unnamed numbers."""
+    words = call.split(" ")
+    return " ".join(w for w in words if w not in ("-", "real") and not re.fullmatch(r"\w+\[\d*\]\*?", w))
 
 
 def cpu_model() -> str:
