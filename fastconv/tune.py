@@ -43,7 +43,7 @@ class Tuning:
         return found
 
     def table(self, device: torch.device) -> str:
-        """The winners as a table in Markdown: milliseconds of forward + backward by backend, and sums over all calls."""
+        """The winners as a Markdown table: milliseconds of forward + backward by backend, and sums over all calls."""
         rows = self.rows(device)
         if not rows:
             return "nothing was measured: no call could run on more than one backend"

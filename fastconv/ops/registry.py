@@ -58,7 +58,12 @@ def _ask(name: str) -> Availability:
     if name == "aten":
         return Availability(True, f"stock PyTorch {torch.__version__}")
     if name == "triton":
-        return Availability(*triton.available())
+        state = Availability(*triton.available())
+        if state:
+            from ..triton import operators  # imports every kernel: only where they can run
+
+            operators.register()
+        return state
     if not _ext.HAS_EXT:
         return Availability(False, _ext.EXT_REASON)
     built = _ext.build_info()
@@ -80,6 +85,13 @@ def _availability(name: str) -> Availability:
         _known[name] = _ask(name)
     return _known[name]
 
+
+def _unavailable(name: str) -> str:
+    return "" if _availability(name) else _availability(name).reason
+
+
+# torch.compiler.assume_constant_result without importing the compiler: asking a GPU backend cannot be traced.
+_unavailable._dynamo_marked_constant = True
 
 _choice = "auto"
 _told: set[tuple[str, str]] = set()
@@ -151,8 +163,9 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
 def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], limit: str) -> str:
     if name == "aten":
         return ""
-    if not _availability(name):
-        return _availability(name).reason
+    missing = _unavailable(name)
+    if missing:
+        return missing
     own = triton.cannot_run(op, tensors) if name == "triton" else _compiled_cannot_run(name, op, tensors)
     return limit or own or _transformed(tensors)
 
@@ -166,4 +179,5 @@ def tell(op: str, reason: str) -> None:
 
 def impl(backend: str, op: str) -> Callable:
     """The callable with the signature of ``torch.ops.fastconv.<op>`` that ``backend`` runs."""
-    return triton.impl(op) if backend == "triton" else getattr(torch.ops.fastconv, op).default
+    library = torch.ops.fastconv_triton if backend == "triton" else torch.ops.fastconv
+    return getattr(library, op).default
