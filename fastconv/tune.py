@@ -34,7 +34,7 @@ class Tuning:
 
     def rows(self, device: torch.device) -> list[tuple[str, int, dict[str, list[float]], str]]:
         """(class, calls, milliseconds by backend, winner) of every class with a measurement, new or kept."""
-        store, found = choice._store(device), []
+        store, found = choice.store_of(device), []
         for call, count in self.calls.items():
             entry = store.get(call)
             if entry is not None and entry["ms"]:
@@ -145,7 +145,7 @@ def tune(
     try:
         with _policy(tuning, False, again, seconds):
             _steps(fused, input, target, modes, dtypes)
-        store = choice._store(input.device)
+        store = choice.store_of(input.device)
         missing = [
             c for c, names in tuning.names.items() if again or not choice._covers(store.get(c) or {"ms": {}}, names)
         ]
@@ -194,10 +194,10 @@ def main(options) -> int:
         if bar is not None:
             bar.close()
     batch = f"batch {options.batch_size}, {options.image_size} px, {', '.join(dtypes)}, {', '.join(modes)}"
-    head = f"{options.model}, {batch}, {options.layout}\n\n{choice._store(device).environment}"
+    head = f"{options.model}, {batch}, {options.layout}\n\n{choice.store_of(device).environment}"
     text = f"{head}\n\n{tuning.table(device)}\nThe whole run took {tuning.seconds:.1f} s.\n"
     print(text, end="")
-    store = choice._store(device)
+    store = choice.store_of(device)
     print(f"Kept in {store.path}" if store.on_disk else "Kept in memory only: the cache cannot be written")
     if options.output:
         with open(options.output, "w") as file:

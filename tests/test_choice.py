@@ -138,7 +138,7 @@ def test_measuring_touches_nothing_of_the_caller():
                 FF.batch_norm_act, x, layer.running_mean, layer.running_var, layer.weight, layer.bias, True,
                 num_batches_tracked=layer.num_batches_tracked,
             ).call  # fmt: skip
-            store = choice._store(x.device)
+            store = choice.store_of(x.device)
             before = torch.get_rng_state()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 out = layer(x)
@@ -350,7 +350,7 @@ def test_every_operator_is_measured_without_a_warning(case, measured, caplog):
     """Both backends agree on every operator's copies: the check at measuring has no false alarm."""
     CASES[case]()
     assert len(measured) == 1
-    entry = choice._store(torch.device("cpu")).get(measured[0])
+    entry = choice.store_of(torch.device("cpu")).get(measured[0])
     assert set(entry["ms"]) == {"cpu", "aten"} and "failed" not in entry
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from ..triton import conv_config
 from . import keys, registry
 from .cache import Measurements, folder
 from .measure import Result, measure, unsettled
@@ -81,6 +82,7 @@ def forget() -> None:
     """Drops every decision and measurement of this process; the disk is read again at the next call."""
     _known.clear()
     _stores.clear()
+    conv_config.forget()
 
 
 def set_policy(new: Policy | None) -> Policy | None:
@@ -88,6 +90,7 @@ def set_policy(new: Policy | None) -> Policy | None:
     global policy
     before, policy = policy, new
     _known.clear()
+    conv_config.forget()
     return before
 
 
@@ -172,6 +175,16 @@ def _named(op: str, tensors: Sequence[Tensor | None], limit: str) -> str:
     return name
 
 
+def again(call: str) -> bool:
+    """Whether a tuning run wants ``call`` measured although there is a measurement, and has not done so yet."""
+    return policy is not None and policy.again and call not in policy.fresh
+
+
+def fixed() -> bool:
+    """Whether measurements do not count now, here or on any earlier day: the same call takes the same kernels."""
+    return (policy is None and _wish() == "0") or torch.are_deterministic_algorithms_enabled()
+
+
 def _wish() -> str:
     value = os.environ.get("FASTCONV_TUNE", "")
     if value not in ("", "0", "1"):
@@ -205,9 +218,8 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
     device = tensors[0].device
     if policy is not None and not getattr(_thread, "explaining", False):
         policy.visit(op, call, names)
-    entry = _store(device).get(call)
-    again = policy is not None and policy.again and call not in policy.fresh
-    if entry is None or again or not _covers(entry, names):
+    entry = store_of(device).get(call)
+    if entry is None or again(call) or not _covers(entry, names):
         wanted = policy.measure if policy is not None else wish == "1" or device.type == "cuda"
         why = unsettled(tensors) if wanted else ""
         if wanted and not why and getattr(_thread, "explaining", False):
@@ -216,7 +228,7 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
             entry, why = _measured(op, call, names, run, tensors, settings)
         if entry is None or not _covers(entry, names):
             settled = not wanted
-            backend = _agreed(device, call, able[0], names) if settled else able[0]
+            backend = agreed(device, call, able[0], names) if settled else able[0]
             told = why or "this class of calls was not measured (python -m fastconv tune, or FASTCONV_TUNE=1)"
             return Decision(
                 backend, f"first of {order} that can run the call: {told}", call, refused, settled=settled
@@ -224,7 +236,7 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
     refused = refused | {name: text for name, text in entry.get("failed", {}).items() if name in names}
     ms = {name: entry["ms"][name] for name in names if name in entry["ms"]}
     best = winner(ms)
-    backend = _agreed(device, call, best, names)
+    backend = agreed(device, call, best, names)
     if backend != best:
         return Decision(backend, "another rank of torch.distributed chose it first", call, refused, ms)
     return Decision(backend, f"the fastest of {len(ms)} measured", call, refused, ms)
@@ -241,7 +253,7 @@ def _covers(entry: dict, names: Sequence[str]) -> bool:
     return set(names) <= set(entry["ms"]) | set(entry.get("failed", {})) and bool(entry["ms"])
 
 
-def _store(device: torch.device) -> Measurements:
+def store_of(device: torch.device) -> Measurements:
     name = keys.environment(device)
     if name not in _stores:
         _stores[name] = Measurements(folder(), name)
@@ -253,28 +265,29 @@ def _measured(
 ) -> tuple[dict | None, str]:
     """(the entry, "") of a measurement made now, or (None, the reason why there is none)."""
     with _measuring:  # one at a time: two would time each other
-        store = _store(tensors[0].device)
-        again = policy is not None and policy.again and call not in policy.fresh
-        entry = None if again else store.get(call)  # another thread may have been first
+        store = store_of(tensors[0].device)
+        replace = again(call)
+        entry = None if replace else store.get(call)  # another thread may have been first
         if entry is not None and _covers(entry, names):
             return entry, ""
         try:
             seconds = None if policy is None else policy.seconds
-            result = measure(op, names, run, tensors, settings, seconds)
+            with conv_config.tuning(policy is not None):
+                result = measure(op, names, run, tensors, settings, seconds)
         except RuntimeError as error:  # stock PyTorch itself cannot run the copies: out of memory, most likely
             why = f"measuring it failed: {error}".splitlines()[0]
             log.warning("%s: %s", op, why)
             return None, why
         log.info("measured in %.2f s: %s: %s", result.seconds, call, result.ms)
         entry = {"ms": result.ms, **({"failed": result.failed} if result.failed else {})}
-        entry = store.put(call, entry, replace=again)
+        entry = store.put(call, entry, replace=replace)
         if policy is not None:
             policy.fresh.add(call)
             policy.done(call, result)
         return entry, ""
 
 
-def _agreed(device: torch.device, call: str, mine: str, names: Sequence[str]) -> str:
+def agreed(device: torch.device, call: str, mine: str, names: Sequence[str]) -> str:
     """What the first rank that got here chose, where there are ranks; ``mine`` otherwise."""
     if getattr(_thread, "explaining", False) or policy is not None:
         return mine
@@ -300,16 +313,16 @@ def _static(value: object) -> bool:
 def _pick(op: str, device: str, index: int | None, able: tuple, specs: tuple | None, settings: tuple) -> str:
     """The decision of a traced call, made from constants while the graph is built: it becomes one itself."""
     first = able[0]
-    if specs is None or policy is not None or _wish() == "0" or torch.are_deterministic_algorithms_enabled():
+    if specs is None or policy is not None or fixed():
         return first
     place = torch.device(device, index)
     specs = [None if s is None else keys.Spec(s[0], s[1], str(s[2]).removeprefix("torch."), s[3]) for s in specs]
     call = keys.class_of(op, specs, settings)
-    entry = _store(place).get(call)
+    entry = store_of(place).get(call)
     names = [*able, "aten"]
     if entry is None or not _covers(entry, names):
         return first
-    return _agreed(place, call, winner({n: entry["ms"][n] for n in names if n in entry["ms"]}), names)
+    return agreed(place, call, winner({n: entry["ms"][n] for n in names if n in entry["ms"]}), names)
 
 
 # torch.compiler.assume_constant_result(_pick), without importing the compiler.
