@@ -328,6 +328,10 @@ CASES = {
     "conv_bn": lambda: FF.conv2d_bn_act(
         image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True),
         torch.zeros(8), torch.ones(8), torch.zeros(8, requires_grad=True), torch.randn(8, requires_grad=True), training=True),
+    "conv_bn_half": lambda: FF.conv2d_bn_act(
+        image(16, 64, 8, 8, grad=True).bfloat16(), torch.randn(256, 64, 1, 1, requires_grad=True).bfloat16(), None,
+        torch.zeros(256), torch.ones(256), torch.ones(256, requires_grad=True), torch.zeros(256, requires_grad=True),
+        training=True, residual=image(16, 256, 8, 8, grad=True).bfloat16()),  # the kink of relu moves gradients by percents
     "norm": lambda: FF.batch_norm_act(image(4, 8, 6, 6, grad=True), None, None, training=True, residual=image(4, 8, 6, 6, grad=True)),
     "norm_1d": lambda: FF.batch_norm_act(torch.randn(16, 8, requires_grad=True), torch.zeros(8), torch.ones(8)),
     "max_pool": lambda: FF.max_pool2d(image(2, 8, 7, 7, grad=True).half(), 3, 2, 1),
