@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "schemas.h"
+#include "signature.h"
 
 #ifdef FASTCONV_WITH_CUDA
 #include <cuda.h>
@@ -68,4 +69,5 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastconv's compiled operators; importing this module registers torch.ops.fastconv";
   m.def("build_info", &build_info, "How this module was built: name -> text (empty where it does not apply).");
+  m.def("signature", &fastconv::signature, "What decides the backend of a call on a tuple of tensors, as bytes.");
 }

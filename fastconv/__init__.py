@@ -4,11 +4,12 @@
     step = fastconv.TrainStep(model, fnn.CrossEntropyLoss(), opt)    # forward, backward, optimizer as one call
 
 ``fastconv.functional`` (FF) has the operators, ``fastconv.nn`` (fnn) the layers, ``python -m fastconv info`` tells what
-runs here.
+runs here, ``fastconv.explain`` which backend a call takes.
 """
 
-from . import functional, nn
+from . import functional, nn, tune
 from ._version import __version__
+from .explain import explain
 from .fuse import fuse, fusion_report
 from .ops import backends, use_backend
 from .train import TrainStep
@@ -17,9 +18,11 @@ __all__ = [
     "TrainStep",
     "__version__",
     "backends",
+    "explain",
     "functional",
     "fuse",
     "fusion_report",
     "nn",
+    "tune",
     "use_backend",
 ]

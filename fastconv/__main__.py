@@ -1,4 +1,6 @@
-"""python -m fastconv info: versions, device, how fastconv was built, and each backend with its availability."""
+"""python -m fastconv info: versions, device, how fastconv was built, and each backend with its availability.
+python -m fastconv tune: measures the backends on the calls of a model, ahead of their first use.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import torch
 from . import _ext
 from ._version import __version__
 from .ops import backends
+from .ops.keys import cpu_model
 
 
 def _version_of(package: str) -> str:
@@ -20,17 +23,6 @@ def _version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux: platform knows less, but something
-    return platform.processor() or platform.machine()
 
 
 def info() -> str:
@@ -43,7 +35,7 @@ def info() -> str:
         ("Triton version", _version_of("triton")),
         ("Python version", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("OS", platform.platform()),
-        ("CPU", f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        ("CPU", f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
         ("CUDA used to build PyTorch", torch.version.cuda or "none"),
         ("cuDNN version", torch.backends.cudnn.version() if torch.cuda.is_available() else "not in use"),
         ("GPU", ", ".join(gpus) if gpus else "none"),
@@ -64,9 +56,37 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastconv", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, device, build and backends")
-    parser.parse_args(argv)
+    _add_tune(commands.add_parser("tune", help="measure the backends on a model's calls, and keep the times"))
+    options = parser.parse_args(argv)
+    if options.command == "tune":
+        from .tune import main as tune
+
+        return tune(options)
     print(info())
     return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet50", help="a classifier of torchvision.models")
+    parser.add_argument("--batch-size", type=_positive, default=128)
+    parser.add_argument("--image-size", type=_positive, default=32)
+    parser.add_argument("--classes", type=_positive, default=10)
+    parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, fp32 on cpu"
+    )
+    parser.add_argument("--mode", choices=("train", "inference", "both"), default="both")
+    parser.add_argument("--layout", choices=("channels_last", "contiguous"), default="channels_last")
+    parser.add_argument("--seconds", type=float, help="timed rounds per call; default: 0.2 on a CPU, 0.05 on a GPU")
+    parser.add_argument("--again", action="store_true", help="also what was measured before")
+    parser.add_argument("--output", help="write the table to this file too")
 
 
 if __name__ == "__main__":

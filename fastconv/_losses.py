@@ -53,7 +53,12 @@ def cross_entropy(
         limit = limit or "weight requires a gradient"
     elif weight is not None and weight.dtype != input.dtype:
         limit = limit or f"weight has dtype {weight.dtype}, input {input.dtype}"
-    backend = ops.select(op, (input, target, weight), limit)
+    tensors = (input, target, weight)
+    settings = (reduction, ignore_index, float(label_smoothing))
+    return _cross_entropy(ops.select(op, tensors, settings, limit, _cross_entropy), *tensors, *settings)
+
+
+def _cross_entropy(backend, input, target, weight, reduction, ignore_index, label_smoothing):
     if backend == "aten":
         return ops.aten.cross_entropy(
             input,
@@ -66,9 +71,9 @@ def cross_entropy(
     one_row = input.dim() == 1
     if one_row:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
-    args = (input, target, weight, _REDUCTION[reduction], ignore_index, float(label_smoothing))
+    args = (input, target, weight, _REDUCTION[reduction], ignore_index, label_smoothing)
     grad = needs_grad(input, target)
-    loss = CrossEntropyFunction.apply(*args, backend) if grad else ops.impl(backend, op)(*args)[0]
+    loss = CrossEntropyFunction.apply(*args, backend) if grad else ops.impl(backend, "cross_entropy")(*args)[0]
     return loss.squeeze(0) if one_row and reduction == "none" else loss
 
 

@@ -64,13 +64,17 @@ def max_pool2d(
         limit = "return_indices=True asks for flat int64 indices"
     elif kernel[0] * kernel[1] > _MAX_WINDOW:
         limit = f"a window of {kernel[0]}x{kernel[1]} has more than {_MAX_WINDOW} elements"
-    backend = ops.select(op, (input,), limit)
+    settings = (kernel, stride, padding, dilation, ceil_mode, return_indices)
+    return _max_pool2d(ops.select(op, (input,), settings, limit, _max_pool2d), input, *settings)
+
+
+def _max_pool2d(backend, input, kernel, stride, padding, dilation, ceil_mode, return_indices):
     if backend == "aten":
         return ops.aten.max_pool2d(input, kernel, stride, padding, dilation, ceil_mode, return_indices)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     args = (batch, kernel, stride, padding, dilation, ceil_mode)
     grad = needs_grad(input)
-    out = MaxPool2dFunction.apply(*args, backend) if grad else ops.impl(backend, op)(*args, False)[0]
+    out = MaxPool2dFunction.apply(*args, backend) if grad else ops.impl(backend, "max_pool2d")(*args, False)[0]
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -88,12 +92,18 @@ def avg_pool2d(
     kernel, stride, padding, _ = _window(op, input, kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override is not None and divisor_override == 0:
         raise RuntimeError(f"{op}: divisor_override expected a non-zero int or None, got 0")
-    backend = ops.select(op, (input,), _limit(input))
+    settings = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _avg_pool2d(ops.select(op, (input,), settings, _limit(input), _avg_pool2d), input, *settings)
+
+
+def _avg_pool2d(backend, input, *settings):
     if backend == "aten":
-        return ops.aten.avg_pool2d(input, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return ops.aten.avg_pool2d(input, *settings)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    args = (batch, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    out = AvgPool2dFunction.apply(*args, backend) if needs_grad(input) else ops.impl(backend, op)(*args)
+    if needs_grad(input):
+        out = AvgPool2dFunction.apply(batch, *settings, backend)
+    else:
+        out = ops.impl(backend, "avg_pool2d")(batch, *settings)
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -110,10 +120,15 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int 
     size = check.pair(op, "output_size", output_size)
     check.at_least(op, "output_size", size, 0)
     limit = _limit(input) or ("the output is empty" if 0 in size else "")
-    backend = ops.select(op, (input,), limit)
+    return _adaptive_avg_pool2d(ops.select(op, (input,), (size,), limit, _adaptive_avg_pool2d), input, size)
+
+
+def _adaptive_avg_pool2d(backend, input, size):
     if backend == "aten":
         return ops.aten.adaptive_avg_pool2d(input, size)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    args = (batch, size)
-    out = AdaptiveAvgPool2dFunction.apply(*args, backend) if needs_grad(input) else ops.impl(backend, op)(*args)
+    if needs_grad(input):
+        out = AdaptiveAvgPool2dFunction.apply(batch, size, backend)
+    else:
+        out = ops.impl(backend, "adaptive_avg_pool2d")(batch, size)
     return out if input.dim() == 4 else out.squeeze(0)

@@ -121,13 +121,17 @@ def conv2d_bias_act(
             residual=batched,
         ).squeeze(0)
     limit = "" if input.is_floating_point() else f"dtype {input.dtype} is not supported"
-    backend = ops.select(op, (input, weight, bias, residual), limit)
+    tensors = (input, weight, bias, residual)
+    settings = (stride, padding, dilation, groups, activation)
+    return _conv2d_bias_act(ops.select(op, tensors, settings, limit, _conv2d_bias_act), *tensors, *settings)
+
+
+def _conv2d_bias_act(backend, input, weight, bias, residual, *settings):
     if backend == "aten":
-        return ops.aten.conv2d_bias_act(input, weight, bias, residual, stride, padding, dilation, groups, activation)
-    args = (input, weight, bias, residual, stride, padding, dilation, groups, activation)
+        return ops.aten.conv2d_bias_act(input, weight, bias, residual, *settings)
     if needs_grad(input, weight, bias, residual):
-        return Conv2dBiasActFunction.apply(*args, backend)
-    return ops.impl(backend, op)(*args, False)[0]
+        return Conv2dBiasActFunction.apply(input, weight, bias, residual, *settings, backend)
+    return ops.impl(backend, "conv2d_bias_act")(input, weight, bias, residual, *settings, False)[0]
 
 
 def conv2d_bias_relu(
@@ -203,18 +207,23 @@ def batch_norm_act(
     count = input.numel() // channels if channels else 0
     _norm_arguments(op, channels, count, input.shape, training, momentum, eps, num_batches_tracked, **vectors)
     limit = _norm_limit(input, **vectors)
-    backend = ops.select(op, (input, residual, weight, bias, running_mean, running_var), limit)
-    stats = (running_mean, running_var, num_batches_tracked, training, momentum, eps, activation)
+    tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    settings = (training, momentum, eps, activation)
+    return _batch_norm_act(ops.select(op, tensors, settings, limit, _batch_norm_act), *tensors, *settings)
+
+
+def _batch_norm_act(backend, input, residual, weight, bias, *stats_and_settings):
     if backend == "aten":
-        return ops.aten.batch_norm_act(input, residual, weight, bias, *stats)
+        return ops.aten.batch_norm_act(input, residual, weight, bias, *stats_and_settings)
     shape = input.shape
     if input.dim() != 4:
-        input = input.reshape(shape[0], channels, -1, 1)
+        input = input.reshape(shape[0], shape[1], -1, 1)
         residual = None if residual is None else residual.reshape(input.shape)
+    args = (input, residual, weight, bias, *stats_and_settings)
     if needs_grad(input, residual, weight, bias):
-        out = BatchNormActFunction.apply(input, residual, weight, bias, *stats, backend)
+        out = BatchNormActFunction.apply(*args, backend)
     else:
-        out = ops.impl(backend, op)(input, residual, weight, bias, *stats)[0]
+        out = ops.impl(backend, "batch_norm_act")(*args)[0]
     return out if len(shape) == 4 else out.reshape(shape)
 
 
@@ -293,26 +302,16 @@ def conv2d_bn_act(
             residual=residual, num_batches_tracked=num_batches_tracked,
         ).squeeze(0)  # fmt: skip
     limit = _norm_limit(input, **vectors)
-    backend = ops.select(op, (input, weight, bias, residual, *vectors.values()), limit)
-    geometry = (stride, padding, dilation, groups)
-    stats = (running_mean, running_var, num_batches_tracked)
+    tensors = (input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked)
+    settings = (stride, padding, dilation, groups, training, momentum, eps, activation)
+    return _conv2d_bn_act(ops.select(op, tensors, settings, limit, _conv2d_bn_act), *tensors, *settings)
+
+
+def _conv2d_bn_act(backend, *args):
+    input, weight, bias, residual, bn_weight, bn_bias, *stats = args[:9]
     if backend == "aten":
-        out = F.conv2d(input, weight, bias, *geometry)
-        return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, training, momentum, eps, activation)
-    args = (
-        input,
-        weight,
-        bias,
-        residual,
-        bn_weight,
-        bn_bias,
-        *stats,
-        *geometry,
-        training,
-        momentum,
-        eps,
-        activation,
-    )
+        out = F.conv2d(input, weight, bias, *args[9:13])
+        return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, *args[13:])
     if needs_grad(input, weight, bias, residual, bn_weight, bn_bias):
         return Conv2dBnActFunction.apply(*args, backend)
-    return ops.impl(backend, op)(*args, False)[0]
+    return ops.impl(backend, "conv2d_bn_act")(*args, False)[0]

@@ -15,7 +15,10 @@ import torch
 from fastconv import triton as backend
 
 HERE = Path(__file__).parent
-FILES = [HERE / f"test_triton_{name}.py" for name in ("tolerance", "norm", "loss", "pooling", "conv", "conv_tiles")]
+FILES = [
+    HERE / f"test_triton_{name}.py"
+    for name in ("tolerance", "norm", "loss", "pooling", "conv", "conv_tiles", "operators")
+]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The operators behind fastconv.functional: backend choice, the stock compositions, the fake implementations."""
 
 from . import aten, fake
-from .registry import backends, current_backend, impl, select, use_backend
+from .choice import select
+from .registry import backends, current_backend, impl, use_backend
 
 __all__ = ["aten", "backends", "current_backend", "fake", "impl", "select", "use_backend"]

@@ -1,12 +1,12 @@
-"""Which backend runs a call.
+"""The backends: which there are, which calls each can run, and the name that the user chose.
 
 A backend is a name, an answer to "can it run this call?" (a reason where it cannot) and, for all but ``aten``, one
 callable per raw operator with the signature of ``torch.ops.fastconv.<op>``. ``cpu`` and ``cuda`` are the compiled
 kernels; PyTorch's dispatcher tells them apart by the tensors' device. ``aten`` is stock PyTorch with its own autograd
 and can run everything.
 
-``auto`` takes the first backend of ``_PREFERENCE`` that can run the call; a fallback to ``aten`` is logged once per
-operator and reason (logger "fastconv", level INFO).
+``auto`` leaves it to :mod:`fastconv.ops.choice`. A fallback to ``aten`` is logged once per operator and reason (logger
+"fastconv", level INFO).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .fake import OPERATORS
 log = logging.getLogger("fastconv")
 
 NAMES = ("cuda", "triton", "cpu", "aten")
-# By device type; the compiled kernels first, for want of measurements: they are the ones with fused epilogues.
+# The fixed order by device type, which decides without measurements: the compiled kernels first, for they start without
+# Triton's launch code in Python and without compiling anything at the first call.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _DTYPES = {"cpu": _CUDA_DTYPES | {torch.float64}, "cuda": _CUDA_DTYPES}
@@ -57,7 +58,12 @@ def _ask(name: str) -> Availability:
     if name == "aten":
         return Availability(True, f"stock PyTorch {torch.__version__}")
     if name == "triton":
-        return Availability(*triton.available())
+        state = Availability(*triton.available())
+        if state:
+            from ..triton import operators  # imports every kernel: only where they can run
+
+            operators.register()
+        return state
     if not _ext.HAS_EXT:
         return Availability(False, _ext.EXT_REASON)
     built = _ext.build_info()
@@ -79,6 +85,13 @@ def _availability(name: str) -> Availability:
         _known[name] = _ask(name)
     return _known[name]
 
+
+def _unavailable(name: str) -> str:
+    return "" if _availability(name) else _availability(name).reason
+
+
+# torch.compiler.assume_constant_result without importing the compiler: asking a GPU backend cannot be traced.
+_unavailable._dynamo_marked_constant = True
 
 _choice = "auto"
 _told: set[tuple[str, str]] = set()
@@ -150,33 +163,21 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
 def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], limit: str) -> str:
     if name == "aten":
         return ""
-    if not _availability(name):
-        return _availability(name).reason
+    missing = _unavailable(name)
+    if missing:
+        return missing
     own = triton.cannot_run(op, tensors) if name == "triton" else _compiled_cannot_run(name, op, tensors)
     return limit or own or _transformed(tensors)
 
 
-def select(op: str, tensors: tuple[Tensor | None, ...], limit: str = "") -> str:
-    """The backend that runs this call: never None, "aten" where no other can.
-
-    ``limit`` is a reason, found by the caller, why no fused kernel of this operator covers the call ("" if none).
-    """
-    if _choice != "auto":
-        reason = _cannot_run(_choice, op, tensors, limit)
-        if reason:
-            raise RuntimeError(f"{op}: backend {_choice!r} cannot run this call: {reason}")
-        return _choice
-    reason = f"no kernels for device type {tensors[0].device.type}"
-    for name in _PREFERENCE.get(tensors[0].device.type, ()):
-        reason = _cannot_run(name, op, tensors, limit)
-        if not reason:
-            return name
-    if not torch.compiler.is_compiling() and (op, reason) not in _told:
+def tell(op: str, reason: str) -> None:
+    """Logs an automatic fallback to ``aten``, once per operator and reason."""
+    if (op, reason) not in _told:
         _told.add((op, reason))
         log.info("%s runs on aten: %s", op, reason)
-    return "aten"
 
 
 def impl(backend: str, op: str) -> Callable:
     """The callable with the signature of ``torch.ops.fastconv.<op>`` that ``backend`` runs."""
-    return triton.impl(op) if backend == "triton" else getattr(torch.ops.fastconv, op).default
+    library = torch.ops.fastconv_triton if backend == "triton" else torch.ops.fastconv
+    return getattr(library, op).default

@@ -40,6 +40,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+interpreting._dynamo_marked_constant = True  # an environment variable is none of a traced graph's guards
+
+
 @functools.cache
 def available() -> tuple[bool, str]:
     """(whether the kernels can run in this process, the reason or the place in words)."""

@@ -27,6 +27,7 @@ from .batch_norm_stats import count_batch, finish_channel, finish_statistics, st
 from .common import (
     WARPS,
     cdiv,
+    channel_pair,
     empty_nhwc,
     format_of,
     launch,
@@ -144,7 +145,7 @@ def batch_norm_act(
     layout = format_of(input)
     m, c = rows_and_channels(input)
     if m * c == 0:
-        mean, invstd = torch.zeros(2, c, dtype=torch.float32, device=input.device).unbind(0)
+        mean, invstd = (t.zero_() for t in channel_pair(input, c))
         if not training and c:
             mean.copy_(running_mean)
             invstd.copy_(torch.rsqrt(running_var.float() + eps))
@@ -161,7 +162,7 @@ def batch_norm_act(
         mean, invstd = finish_statistics(parts, m, running_mean, running_var, num_batches_tracked, momentum, eps)
         y = normalise(x, residual, weight, bias, mean, invstd, None, None, eps, activation)
     else:
-        mean, invstd = torch.empty(2, c, dtype=torch.float32, device=input.device).unbind(0)
+        mean, invstd = channel_pair(input, c)
         if training:
             factor, cumulative = count_batch(num_batches_tracked, momentum)
             block_m, block_c = fused_tile(m, c)

@@ -194,7 +194,7 @@ def batch_norm_act_backward(
         tensors = (nhwc(grad_output), nhwc(input), y, residual, *map(vector, (weight, bias, mean, invstd)))
         _run(tensors, dx, dz, dweight, dbias, m, c, training, activation)
     grads = [not_asked(input) if g is None else g.contiguous(memory_format=layout) for g in (dx, dz)]
-    return (*grads, *(not_asked(affine_like) if g is None else g for g in (dweight, dbias)))
+    return (*grads, *(not_asked(input) if g is None else g for g in (dweight, dbias)))
 
 
 def _run(tensors, dx, dz, dweight, dbias, m, c, training, activation) -> None:

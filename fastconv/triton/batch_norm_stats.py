@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .act_bias_backward import row_split, tile
-from .common import WARPS, cdiv, launch
+from .common import WARPS, cdiv, channel_pair, launch
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def finish_statistics(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(save_mean, save_invstd) [C] fp32 from partials over ``rows`` samples; running statistics updated in place."""
     count, channels = parts[0].shape
-    mean, invstd = torch.empty(2, channels, dtype=torch.float32, device=parts[0].device).unbind(0)
+    mean, invstd = channel_pair(parts[0], channels)
     factor, cumulative = count_batch(counter, momentum)
     launch(
         finish_statistics_kernel, (cdiv(channels, 32),), *parts, mean, invstd, running_mean, running_var, counter,

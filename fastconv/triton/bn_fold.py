@@ -13,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_act import affine
-from .common import WARPS, cdiv, launch
+from .common import WARPS, cdiv, channel_pair, launch
 
 
 @triton.jit
 def fold_kernel(
-    out_ptr, conv_bias_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, K, eps, BLOCK: tl.constexpr
-):
-    """out [4, K]: scale, shift, mean, invstd."""
+    out_ptr, mean_ptr, invstd_ptr, conv_bias_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, K, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [2, K]: scale, shift."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mean = tl.load(running_mean_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     invstd = 1.0 / tl.sqrt(tl.load(running_var_ptr + k, mask=k < K, other=1.0).to(tl.float32) + eps)
@@ -30,8 +31,8 @@ def fold_kernel(
         centre += tl.load(conv_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     tl.store(out_ptr + k, scale, mask=k < K)
     tl.store(out_ptr + K + k, centre * scale + shift, mask=k < K)
-    tl.store(out_ptr + 2 * K + k, mean, mask=k < K)
-    tl.store(out_ptr + 3 * K + k, invstd, mask=k < K)
+    tl.store(mean_ptr + k, mean, mask=k < K)
+    tl.store(invstd_ptr + k, invstd, mask=k < K)
 
 
 def fold_statistics(
@@ -40,9 +41,10 @@ def fold_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(scale, shift, save_mean, save_invstd), each [K] fp32."""
     k = running_mean.numel()
-    out = torch.empty(4, k, dtype=torch.float32, device=running_mean.device)
+    out = torch.empty(2, k, dtype=torch.float32, device=running_mean.device)
+    mean, invstd = channel_pair(running_mean, k)
     launch(
-        fold_kernel, (cdiv(k, 256),), out, conv_bias, weight, bias, running_mean, running_var, k, eps,
+        fold_kernel, (cdiv(k, 256),), out, mean, invstd, conv_bias, weight, bias, running_mean, running_var, k, eps,
         BLOCK=256, num_warps=WARPS,
     )  # fmt: skip
-    return out.unbind(0)
+    return *out.unbind(0), mean, invstd

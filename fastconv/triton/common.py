@@ -96,6 +96,11 @@ def not_asked(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
+def channel_pair(like: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """save_mean and save_invstd, [C] fp32 each: two tensors, for results of an operator must not share memory."""
+    return tuple(torch.empty(channels, dtype=torch.float32, device=like.device) for _ in range(2))
+
+
 def rows_and_channels(t: Tensor) -> tuple[int, int]:
     n, c, h, w = t.shape
     return n * h * w, c

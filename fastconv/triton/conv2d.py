@@ -114,7 +114,7 @@ def _forward(x: Tensor, w: Tensor, y: Tensor, a: Problem, **epilogue) -> None:
     if a.depthwise:
         depthwise_fprop(x, w, y, a, **epilogue)
     else:
-        fprop(x, w, y, a, choose("fprop", a, x.device), **epilogue)
+        fprop(x, w, y, a, choose("fprop", a, x), **epilogue)
 
 
 def _dense(input: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -150,11 +150,11 @@ def conv2d_backward(
         if dx is not None and a.depthwise:
             depthwise_dgrad(dy, w, dx, a)
         elif dx is not None:
-            dgrad(dy, w, dx, a, choose("dgrad", a, input.device))
+            dgrad(dy, w, dx, a, choose("dgrad", a, dy))
         if dw is not None and a.depthwise:
             depthwise_wgrad(dy, x, dw, a)
         elif dw is not None:
-            wgrad(dy, x, dw, a, choose("wgrad", a, input.device))
+            wgrad(dy, x, dw, a, choose("wgrad", a, dy))
     else:
         for grad in (dx, dw):
             if grad is not None:
@@ -193,7 +193,7 @@ def conv2d_bn_act(
         _forward(x, w, z, a, scale=scale, shift=shift, residual=residual, activation=activation)
         return z.contiguous(memory_format=layout), not_asked(input), mean, invstd
     if training and rows > norm.FUSED_ROWS and not a.depthwise:
-        tile = choose("fprop", a, input.device)
+        tile = choose("fprop", a, input)
         parts = partials(row_tiles(a, tile, a.p * a.q), a.k, input.device)
         fprop(x, w, z, a, tile, shift=bias, statistics=parts)
         dense = vector(running_mean), vector(running_var)

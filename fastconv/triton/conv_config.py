@@ -1,20 +1,23 @@
 """Convolution problems and the choice of their tiles.
 
 A tile is chosen from a short table by a cost model; :func:`candidates` gives the best of them (at most 12) to a tuner,
-and its first entry is what runs without one. Triton's own autotuner is not used: it would time inside whatever call
-comes first, a graph capture included.
+and its first entry is what runs without one (conv_tune.py measures them). Triton's own autotuner is not used: it would
+time inside whatever call comes first, a graph capture included.
 
 The model: a tile's main loop takes max(FLOPs / tensor-core rate, bytes loaded / L2 rate) of one SM, plus a start and an
 epilogue; the launch takes as many rounds as its programs need on all SMs. It knows nothing of bank conflicts or
 pipelining depth, it only has to put the dozen plausible tiles first.
 
 Every tile has 4 warps: convolution templates with 8 and more gave wrong numbers on some versions of Triton, so a larger
-count may enter the table only with an equality check at tuning time. 4 warps are one warpgroup, one wgmma of sm_90.
+count may enter the table only by way of conv_tune.py's equality check. 4 warps are one warpgroup, one wgmma of sm_90.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -239,6 +242,44 @@ def candidates(op: str, problem: Problem, sms: int = _SMS_DEFAULT, shared: int =
     return tuple(sorted(found, key=found.__getitem__)[:MOST_CANDIDATES])
 
 
-def choose(op: str, problem: Problem, device: torch.device) -> Tile:
-    """The tile that runs without measurements: the cost model's first."""
-    return candidates(op, problem, *device_limits(device.index))[0]
+_chosen: dict[tuple, Tile] = {}
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def tuning(wanted: bool) -> Iterator[None]:
+    """Inside, in this thread, :func:`choose` measures the candidates of a convolution that has no measurement yet."""
+    before, _thread.tuning = getattr(_thread, "tuning", False), wanted
+    try:
+        yield
+    finally:
+        _thread.tuning = before
+
+
+def forget() -> None:
+    """Drops the tiles chosen so far: what decides them has changed."""
+    _chosen.clear()
+
+
+def choose(op: str, problem: Problem, like: torch.Tensor) -> Tile:
+    """The tile that runs: the fastest measured one, without a measurement the cost model's first.
+
+    The cost model's first also with FASTCONV_TUNE=0 and with deterministic algorithms, as in the choice of the backend.
+    """
+    key = (op, problem, like.dtype, like.device.index, torch.are_deterministic_algorithms_enabled())
+    wanted = getattr(_thread, "tuning", False)
+    tile = _chosen.get(key)
+    if tile is not None and not wanted:
+        return tile
+    from ..ops import choice
+    from . import conv_tune
+
+    tile = None
+    if not choice.fixed() and like.device.type != "meta":
+        if not (wanted and choice.again(conv_tune.class_of(op, problem, like.dtype))):
+            tile = conv_tune.stored(op, problem, like)
+        if tile is None and wanted:
+            tile = conv_tune.tune(op, problem, like)
+    tile = tile or candidates(op, problem, *device_limits(like.device.index))[0]
+    _chosen[key] = tile
+    return tile

@@ -101,6 +101,7 @@ def cross_entropy_backward(
     dt = empty_as(input, input.shape, form) if output_mask[1] and probabilities else None
     if rows.n * rows.d and (dx is not None or dt is not None):
         x = _dense(input, form)
+        given = target
         target = _dense(target, form if probabilities else torch.contiguous_format)
         weight = None if weight is None else weight.contiguous()
         grad_loss = grad_loss.contiguous()
@@ -121,4 +122,6 @@ def cross_entropy_backward(
                 normalizer, dx, *rows.sizes(block_r), ignore_index, *smooth, SMOOTH=label_smoothing > 0, **how,
                 num_warps=warps,
             )  # fmt: skip
+        if dt is not None and target is not given:
+            dt = torch.empty_like(given).copy_(dt)  # the target's layout is its gradient's
     return tuple(not_asked(input) if g is None else g for g in (dx, dt))

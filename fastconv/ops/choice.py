@@ -1,0 +1,353 @@
+"""Which backend runs a call: the one that was named, or under "auto" the fastest measured one that can.
+
+:func:`select` answers every call from a dict (the operator, its settings, the signature of its tensors and of the
+thread). What is not in it goes the long way once:
+
+1. The backends of the device's fixed order that can run the call; ``aten`` always can.
+2. FASTCONV_TUNE=0, deterministic algorithms, or nothing to choose from: the first of them.
+3. A measurement of this class of calls (ops/keys.py) in memory or on disk (ops/cache.py): the fastest.
+4. Else it is measured now (ops/measure.py): on a GPU by default, on a CPU only where asked for (FASTCONV_TUNE=1,
+   ``python -m fastconv tune``): there the fixed order is right nearly everywhere, see bench/results. Never inside a
+   trace, a graph capture or another state that timing would disturb: such a call takes the first of the fixed order,
+   and the next one outside is measured.
+
+Ranks of torch.distributed agree: whoever comes first puts the name of its choice into the default group's key-value
+store, the others take it from there. No collective, so ranks with other shapes wait for nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import _ext
+from ..triton import conv_config
+from . import keys, registry
+from .cache import Measurements, folder
+from .measure import Result, measure, unsettled
+
+log = logging.getLogger("fastconv")
+
+TIE = 1.03  # times nearer than this are noise: the first of the fixed order wins, and stays the winner next time
+_MOST_KNOWN = 1 << 16  # calls remembered per name; beyond that the shapes never repeat and remembering them is a leak
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The backend of one call and the reason in words."""
+
+    backend: str
+    reason: str
+    call: str = ""  # the class of calls that a measurement stands for
+    refused: dict[str, str] = field(default_factory=dict)  # backend -> why it cannot run this call
+    ms: dict[str, list[float]] = field(default_factory=dict)  # backend -> [forward] or [forward, backward]
+    settled: bool = True  # whether the next call like this one gets the same answer
+
+
+class Explained(BaseException):
+    """Carries the decision out of a call that :func:`fastconv.explain` makes: nothing of it runs."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+
+@dataclass
+class Policy:
+    """How a tuning run (fastconv/tune.py) changes the way calls are decided."""
+
+    measure: bool  # False: only visit
+    visit: Callable[[str, str, Sequence[str]], None]  # (operator, class, names) of every call before it is decided
+    done: Callable[[str, Result], None]  # (class, result) of every measurement
+    again: bool = False  # measure what was measured before this run too
+    seconds: float | None = None
+    fresh: set[str] = field(default_factory=set)
+
+
+# name given to use_backend -> key of a call -> backend
+_known: defaultdict[str, dict] = defaultdict(dict)
+_stores: dict[str, Measurements] = {}  # by environment
+_measuring = threading.RLock()
+_thread = threading.local()
+policy: Policy | None = None
+
+
+def forget() -> None:
+    """Drops every decision and measurement of this process; the disk is read again at the next call."""
+    _known.clear()
+    _stores.clear()
+    conv_config.forget()
+
+
+def set_policy(new: Policy | None) -> Policy | None:
+    """Installs ``new``, returns the former one; decisions made under another policy are dropped."""
+    global policy
+    before, policy = policy, new
+    _known.clear()
+    conv_config.forget()
+    return before
+
+
+def _signature_in_python(tensors: Sequence[Tensor | None]) -> tuple | None:
+    """csrc/signature.cpp for an installation without the compiled extension."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if any(t is not None and t.layout is not torch.strided for t in tensors):
+        return None
+    return (
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+        torch._C._len_torch_dispatch_stack(),
+        *[None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors],
+    )
+
+
+_signature = _ext.MODULE.signature if hasattr(_ext.MODULE, "signature") else _signature_in_python
+
+
+def select(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str, run: Callable) -> str:
+    """The backend that runs this call: "aten" where no other can.
+
+    tensors, settings: the call's arguments in the order of ``run(backend, *tensors, *settings)``, which makes it.
+    limit: a reason, found by the caller, why no fused kernel of this operator covers the call ("" if none).
+    """
+    if torch.compiler.is_compiling():
+        return _traced(op, tensors, settings, limit)
+    try:
+        key = (op, settings, limit, _signature(tensors))
+        found = _known[registry._choice].get(key)
+    except (TypeError, RuntimeError):  # symbolic sizes, or a layout without strides
+        key, found = None, None
+    # Forward-mode AD is a state of Python alone: the signature does not see it.
+    if found is not None and torch.autograd.forward_ad._current_level < 0:
+        return found
+    decision = _decide(op, tensors, settings, limit, run)
+    if getattr(_thread, "explaining", False):
+        raise Explained(decision)
+    known = _known[registry._choice]
+    remember = decision.settled and policy is None and torch.autograd.forward_ad._current_level < 0
+    if remember and key is not None and key[-1] is not None:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[key] = decision.backend
+    return decision.backend
+
+
+def explain(call: Callable[[], object]) -> Decision | None:
+    """The decision that ``call`` would get, without running or measuring anything; None if it made no choice."""
+    kept, _thread.explaining = dict(_known), True
+    _known.clear()
+    try:
+        call()
+    except Explained as found:
+        return found.decision
+    finally:
+        _thread.explaining = False
+        _known.update(kept)
+    return None
+
+
+def _able(op: str, tensors: Sequence[Tensor | None], limit: str) -> tuple[list[str], dict[str, str], str]:
+    """(backends that can run the call in the fixed order, the others' reasons, the last of these)"""
+    able, refused = [], {}
+    reason = f"no kernels for device type {tensors[0].device.type}"
+    for name in registry._PREFERENCE.get(tensors[0].device.type, ()):
+        cannot = registry._cannot_run(name, op, tensors, limit)
+        if cannot:
+            refused[name] = reason = cannot
+        else:
+            able.append(name)
+    return able, refused, reason
+
+
+def _named(op: str, tensors: Sequence[Tensor | None], limit: str) -> str:
+    name = registry._choice
+    reason = registry._cannot_run(name, op, tensors, limit)
+    if reason:
+        raise RuntimeError(f"{op}: backend {name!r} cannot run this call: {reason}")
+    return name
+
+
+def again(call: str) -> bool:
+    """Whether a tuning run wants ``call`` measured although there is a measurement, and has not done so yet."""
+    return policy is not None and policy.again and call not in policy.fresh
+
+
+def fixed() -> bool:
+    """Whether measurements do not count now, here or on any earlier day: the same call takes the same kernels."""
+    return (policy is None and _wish() == "0") or torch.are_deterministic_algorithms_enabled()
+
+
+def _wish() -> str:
+    value = os.environ.get("FASTCONV_TUNE", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FASTCONV_TUNE: expected 0 (off), 1 (measure at first use, CPUs included), got {value!r}")
+    return value
+
+
+def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str, run: Callable) -> Decision:
+    if registry._choice != "auto":
+        return Decision(_named(op, tensors, limit), f"fastconv.use_backend({registry._choice!r})")
+    able, refused, reason = _able(op, tensors, limit)
+    if not able:
+        registry.tell(op, reason)
+        return Decision("aten", reason, refused=refused)
+    order = f"the fixed order {', '.join([*registry._PREFERENCE[tensors[0].device.type], 'aten'])}"
+    wish = _wish()
+    if policy is None and wish == "0":
+        return Decision(able[0], f"first of {order} that can run the call: FASTCONV_TUNE=0", refused=refused)
+    if torch.are_deterministic_algorithms_enabled():
+        why = "deterministic algorithms are on, times differ from run to run"
+        return Decision(able[0], f"first of {order} that can run the call: {why}", refused=refused)
+    if any(t is not None and t.numel() == 0 for t in tensors):
+        return Decision(able[0], f"first of {order} that can run the call: a tensor is empty", refused=refused)
+    try:
+        specs = [keys.spec(t) for t in tensors]
+        call = keys.class_of(op, specs, settings)
+        hash(call)
+    except (TypeError, RuntimeError):
+        return Decision(able[0], f"first of {order} that can run the call: it has symbolic sizes", refused=refused)
+    names = [*able, "aten"]
+    device = tensors[0].device
+    if policy is not None and not getattr(_thread, "explaining", False):
+        policy.visit(op, call, names)
+    entry = store_of(device).get(call)
+    if entry is None or again(call) or not _covers(entry, names):
+        wanted = policy.measure if policy is not None else wish == "1" or device.type == "cuda"
+        why = unsettled(tensors) if wanted else ""
+        if wanted and not why and getattr(_thread, "explaining", False):
+            why = "it is measured at its first use, which has not been yet"
+        if wanted and not why:
+            entry, why = _measured(op, call, names, run, tensors, settings)
+        if entry is None or not _covers(entry, names):
+            settled = not wanted
+            backend = agreed(device, call, able[0], names) if settled else able[0]
+            told = why or "this class of calls was not measured (python -m fastconv tune, or FASTCONV_TUNE=1)"
+            return Decision(
+                backend, f"first of {order} that can run the call: {told}", call, refused, settled=settled
+            )  # fmt: skip
+    refused = refused | {name: text for name, text in entry.get("failed", {}).items() if name in names}
+    ms = {name: entry["ms"][name] for name in names if name in entry["ms"]}
+    best = winner(ms)
+    backend = agreed(device, call, best, names)
+    if backend != best:
+        return Decision(backend, "another rank of torch.distributed chose it first", call, refused, ms)
+    return Decision(backend, f"the fastest of {len(ms)} measured", call, refused, ms)
+
+
+def winner(ms: dict[str, list[float]]) -> str:
+    """The first name, in the fixed order, whose time is within TIE of the least."""
+    order = [name for name in registry.NAMES if name in ms]
+    least = min(sum(times) for times in ms.values())
+    return next(name for name in order if sum(ms[name]) <= TIE * least)
+
+
+def _covers(entry: dict, names: Sequence[str]) -> bool:
+    return set(names) <= set(entry["ms"]) | set(entry.get("failed", {})) and bool(entry["ms"])
+
+
+def store_of(device: torch.device) -> Measurements:
+    name = keys.environment(device)
+    if name not in _stores:
+        _stores[name] = Measurements(folder(), name)
+    return _stores[name]
+
+
+def _measured(
+    op: str, call: str, names: Sequence[str], run: Callable, tensors: Sequence[Tensor | None], settings: tuple
+) -> tuple[dict | None, str]:
+    """(the entry, "") of a measurement made now, or (None, the reason why there is none)."""
+    with _measuring:  # one at a time: two would time each other
+        store = store_of(tensors[0].device)
+        replace = again(call)
+        entry = None if replace else store.get(call)  # another thread may have been first
+        if entry is not None and _covers(entry, names):
+            return entry, ""
+        try:
+            seconds = None if policy is None else policy.seconds
+            with conv_config.tuning(policy is not None):
+                result = measure(op, names, run, tensors, settings, seconds)
+        except RuntimeError as error:  # stock PyTorch itself cannot run the copies: out of memory, most likely
+            why = f"measuring it failed: {error}".splitlines()[0]
+            log.warning("%s: %s", op, why)
+            return None, why
+        log.info("measured in %.2f s: %s: %s", result.seconds, call, result.ms)
+        entry = {"ms": result.ms, **({"failed": result.failed} if result.failed else {})}
+        entry = store.put(call, entry, replace=replace)
+        if policy is not None:
+            policy.fresh.add(call)
+            policy.done(call, result)
+        return entry, ""
+
+
+def agreed(device: torch.device, call: str, mine: str, names: Sequence[str]) -> str:
+    """What the first rank that got here chose, where there are ranks; ``mine`` otherwise."""
+    if getattr(_thread, "explaining", False) or policy is not None:
+        return mine
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    store = torch.distributed.distributed_c10d._get_default_store()
+    theirs = store.compare_set(f"fastconv/{device.type}/{call}", "", mine).decode()
+    if theirs not in names:
+        log.warning("%s: another rank chose backend %s, which cannot run the call here", call, theirs)
+        return mine
+    return theirs
+
+
+def _static(value: object) -> bool:
+    """Whether a trace holds this size or setting as a constant."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a second's import, which a trace has made
+
+    if isinstance(value, (tuple, list)):
+        return all([has_static_value(v) for v in value])
+    return isinstance(value, str) or value is None or has_static_value(value)
+
+
+def _pick(op: str, device: str, index: int | None, able: tuple, specs: tuple | None, settings: tuple) -> str:
+    """The decision of a traced call, made from constants while the graph is built: it becomes one itself."""
+    first = able[0]
+    if specs is None or policy is not None or fixed():
+        return first
+    place = torch.device(device, index)
+    specs = [None if s is None else keys.Spec(s[0], s[1], str(s[2]).removeprefix("torch."), s[3]) for s in specs]
+    call = keys.class_of(op, specs, settings)
+    entry = store_of(place).get(call)
+    names = [*able, "aten"]
+    if entry is None or not _covers(entry, names):
+        return first
+    return agreed(place, call, winner({n: entry["ms"][n] for n in names if n in entry["ms"]}), names)
+
+
+# torch.compiler.assume_constant_result(_pick), without importing the compiler.
+_pick._dynamo_marked_constant = True
+
+
+def _traced(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str) -> str:
+    """select() as torch.compile and torch.export trace it: stored measurements count, none is taken."""
+    if registry._choice != "auto":
+        return _named(op, tensors, limit)
+    able, _, _ = _able(op, tensors, limit)
+    if not able:
+        return "aten"
+    first = tensors[0]
+    constant = all([_static(s) for s in settings if not isinstance(s, float)])
+    for t in tensors:
+        constant = constant and (t is None or _static(tuple(t.shape)))
+    specs = None
+    if constant:
+        grad = torch.is_grad_enabled()
+        specs = []
+        for t in tensors:
+            specs.append(
+                None if t is None else (tuple(t.shape), tuple(t.stride()), t.dtype, grad and t.requires_grad)
+            )  # fmt: skip
+        specs = tuple(specs)
+    plain = tuple([0.0 if isinstance(s, float) else s for s in settings]) if constant else ()
+    return _pick(op, first.device.type, first.device.index, tuple(able), specs, plain)

@@ -1,0 +1,481 @@
+"""The choice under "auto": measured when it may be, remembered, explained; never disturbing the call that it is made for."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import timeit
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from util import same_bits
+
+import fastconv
+import fastconv.functional as FF
+from fastconv.ops import choice, keys, registry
+from fastconv.ops import measure as measuring
+
+pytestmark = pytest.mark.skipif(
+    not fastconv.backends()["cpu"], reason=f"backend cpu: {fastconv.backends()['cpu'].reason}"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Measures at first use, into a folder of this test."""
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FASTCONV_TUNE", "1")
+    monkeypatch.setitem(measuring.SECONDS, "cpu", 0.0)
+    choice.forget()
+    yield
+    choice.forget()
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """The classes of calls measured in this test."""
+    seen, real = [], choice.measure
+
+    def note(op, names, run, tensors, settings, seconds=None):
+        seen.append(keys.class_of(op, [keys.spec(t) for t in tensors], settings))
+        return real(op, names, run, tensors, settings, seconds)
+
+    monkeypatch.setattr(choice, "measure", note)
+    return seen
+
+
+def favour(monkeypatch, name: str) -> None:
+    """Measurements that end with ``name`` as the winner, without the noise of a clock."""
+
+    def pretend(op, names, run, tensors, settings, seconds=None):
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return measuring.Result({n: [1.0 if n == name else 2.0] * (1 + grad) for n in names})
+
+    monkeypatch.setattr(choice, "measure", pretend)
+
+
+class Namespaces(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran.append(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+def image(*shape, grad=False):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_(grad)
+
+
+def net_call(grad=True):
+    x, w = image(4, 8, 6, 6, grad=grad), torch.randn(8, 8, 3, 3, requires_grad=grad)
+    return lambda: FF.conv2d_bias_act(x, w, padding=1)
+
+
+def test_measured_once_and_read_from_disk_by_the_next_process(measured):
+    call = net_call()
+    first = fastconv.explain("conv2d_bias_act", image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True),
+                             padding=1)  # fmt: skip
+    assert first.ms == {} and "measured at its first use" in first.reason and measured == []
+    call(), call()
+    assert len(measured) == 1 and measured[0].startswith("conv2d_bias_act float32[4,8,6,6]cl* float32[8,8,3,3]*")
+    choice.forget()  # as a new process
+    call()
+    assert len(measured) == 1
+    after = fastconv.explain("conv2d_bias_act", image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True),
+                             padding=1)  # fmt: skip
+    assert set(after.ms) == {"cpu", "aten"} and all(len(t) == 2 and min(t) > 0 for t in after.ms.values())
+    assert after.backend == choice.winner(after.ms) and after.call == measured[0]
+
+
+def test_what_makes_a_class(measured):
+    x, w = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    FF.conv2d_bias_act(x, w)
+    FF.conv2d_bias_act(image(3, 8, 6, 6), w)  # the batch rounded up is the same
+    assert len(measured) == 1
+    for call in (
+        lambda: FF.conv2d_bias_act(image(5, 8, 6, 6), w),
+        lambda: FF.conv2d_bias_act(x.contiguous(), w),
+        lambda: FF.conv2d_bias_act(x.bfloat16(), w.bfloat16()),
+        lambda: FF.conv2d_bias_act(x, w, torch.randn(8)),
+        lambda: FF.conv2d_bias_act(x, w, padding=1),
+        lambda: FF.conv2d_bias_act(x, w, activation="gelu"),
+        lambda: FF.conv2d_bias_act(x, w.clone().requires_grad_()),
+    ):
+        before = len(measured)
+        call(), call()
+        assert len(measured) == before + 1, measured[-1]
+    with torch.no_grad():
+        FF.conv2d_bias_act(x, w.clone().requires_grad_())
+    assert len(set(measured)) == len(measured) == 8
+
+
+def test_sides_of_large_maps_are_rounded():
+    name = keys.class_of("max_pool2d", [keys.Spec((5, 3, 33, 224), (0,) * 4, "float32", False)], ())
+    assert "[8,3,40,224]" in name
+    assert keys.class_of("max_pool2d", [keys.Spec((1, 3, 31, 250), (0,) * 4, "float32", False)], ()).split("[")[1] == (
+        "1,3,31,256]strided"
+    )
+
+
+def test_measuring_touches_nothing_of_the_caller():
+    """Random state, running statistics, counters, inputs, .grad and autocast are as if nothing had been measured."""
+    results = []
+    for tune in (False, True):
+        torch.manual_seed(3)
+        layer = fastconv.nn.BatchNormAct2d(6)
+        x = image(4, 6, 5, 5, grad=True)
+        versions = x._version
+        if not tune:
+            with fastconv.use_backend("cpu"):
+                out = layer(x)
+        else:
+            name = fastconv.explain(
+                FF.batch_norm_act, x, layer.running_mean, layer.running_var, layer.weight, layer.bias, True,
+                num_batches_tracked=layer.num_batches_tracked,
+            ).call  # fmt: skip
+            store = choice.store_of(x.device)
+            before = torch.get_rng_state()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = layer(x)
+                assert torch.is_autocast_enabled("cpu")
+            assert torch.equal(torch.get_rng_state(), before)
+            assert store.get(name) is not None, "it was measured"
+        assert x._version == versions and x.grad is None and layer.weight.grad is None
+        results.append(
+            (layer.running_mean.clone(), layer.running_var.clone(), layer.num_batches_tracked, out, torch.rand(3))
+        )
+    assert results[1][2] == 1
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_that_turn_it_off(measured, monkeypatch):
+    monkeypatch.setenv("FASTCONV_TUNE", "0")
+    net_call()()
+    x, w = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    assert "FASTCONV_TUNE=0" in fastconv.explain("conv2d_bias_act", x, w).reason
+    monkeypatch.delenv("FASTCONV_TUNE")
+    choice.forget()
+    net_call()()
+    why = fastconv.explain("conv2d_bias_act", x, w).reason
+    assert "was not measured" in why and "python -m fastconv tune" in why, "a CPU is measured only where asked"
+    monkeypatch.setenv("FASTCONV_TUNE", "yes")
+    choice.forget()
+    with pytest.raises(ValueError, match="FASTCONV_TUNE: expected 0 .* got 'yes'"):
+        net_call()()
+    assert measured == []
+
+
+def test_deterministic_algorithms_take_the_fixed_order(monkeypatch, measured):
+    favour(monkeypatch, "aten")
+    x, w = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    FF.conv2d_bias_act(x, w)
+    assert fastconv.explain("conv2d_bias_act", x, w).backend == "aten"
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = fastconv.explain("conv2d_bias_act", x, w)
+        assert found.backend == "cpu" and "deterministic" in found.reason, "measurements on disk do not count either"
+        with Namespaces() as seen:
+            FF.conv2d_bias_act(x, w)
+        assert "fastconv" in seen.ran
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with Namespaces() as seen:
+        FF.conv2d_bias_act(x, w)
+    assert "fastconv" not in seen.ran
+
+
+def in_checkpoint(call):
+    return checkpoint(call, use_reentrant=False)
+
+
+def in_backward(call):
+    class Calls(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                call()
+            return grad
+
+    Calls.apply(torch.ones(1, requires_grad=True)).backward()
+
+
+def in_dispatch_mode(call):
+    with Namespaces():
+        call()
+
+
+def on_fake_tensors(call):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        net_call()()
+
+
+def in_make_fx(call):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, w = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    for mode in ("real", "fake", "symbolic"):
+        make_fx(lambda a, b: FF.conv2d_bias_act(a, b, padding=1), tracing_mode=mode)(x, w)
+
+
+def compiled(call):
+    torch._dynamo.reset()
+    torch.compile(call, fullgraph=True, backend="eager")()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("state", [in_checkpoint, in_backward, in_dispatch_mode, on_fake_tensors, in_make_fx, compiled])
+def test_never_measured_where_timing_would_disturb(state, measured):
+    call = net_call()
+    state(call)
+    assert measured == []
+    call()
+    assert len(measured) == 1, "the next call in an ordinary state is measured"
+    state(call)
+    assert len(measured) == 1
+
+
+def test_a_capture_is_not_measured(monkeypatch):
+    """Without a GPU: the question that the choice asks of CUDA."""
+
+    class OnGpu:
+        is_cuda = True
+
+    assert measuring.unsettled((torch.ones(1), None)) == ""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(measuring, "Tensor", OnGpu)
+    assert "CUDA graph capture" in measuring.unsettled((OnGpu(), None))
+
+
+def test_a_trace_takes_what_is_stored(monkeypatch):
+    favour(monkeypatch, "aten")
+    x, w = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
+
+    def call(x, w):
+        return FF.conv2d_bias_act(x, w, padding=1)
+
+    def operators():
+        nodes = []
+
+        def look(module, example):
+            nodes.extend(str(n.target) for n in module.graph.nodes)
+            return module
+
+        torch._dynamo.reset()
+        torch.compile(call, fullgraph=True, backend=look)(x, w)
+        return " ".join(nodes)
+
+    assert "fastconv" in operators(), "nothing is stored: the fixed order"
+    call(x, w)
+    assert "fastconv" not in operators()
+    with fastconv.use_backend("cpu"):
+        assert "fastconv" in operators()
+
+
+def test_a_wrong_or_failing_backend_is_left_out(caplog):
+    x, w = image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)
+    settings = ((1, 1), (1, 1), (1, 1), 1, "relu")
+
+    def run(name, *args):
+        if name == "cuda":
+            raise RuntimeError("out of resources: shared memory\nand more")
+        out = FF._conv2d_bias_act("aten", *args)
+        if name == "triton":
+            out = torch.cat([out[:1] * 1.2, out[1:]])  # one image of four is off by a fifth
+        return out
+
+    result = measuring.measure("conv2d_bias_act", registry.NAMES, run, (x, w, None, None), settings, 0.0)
+    assert set(result.ms) == {"cpu", "aten"}
+    assert result.failed["cuda"] == "RuntimeError: out of resources: shared memory"
+    assert "the output differs from stock PyTorch" in result.failed["triton"]
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 2
+
+
+def test_a_wrong_gradient_is_found():
+    x, w = image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    def run(name, x, *args):
+        return FF._conv2d_bias_act("aten", Twice.apply(x) if name == "cpu" else x, *args)
+
+    settings = ((1, 1), (1, 1), (1, 1), 1, "relu")
+    result = measuring.measure("conv2d_bias_act", ("cpu", "aten"), run, (x, w, None, None), settings, 0.0)
+    assert "gradient 1 differs" in result.failed["cpu"] and set(result.ms) == {"aten"}
+
+
+CASES = {
+    "conv": lambda: FF.conv2d_bias_act(image(2, 4, 6, 6, grad=True), torch.randn(8, 4, 3, 3, requires_grad=True), activation="silu"),
+    "half": lambda: FF.conv2d_bias_act(image(2, 64, 6, 6).bfloat16(), torch.randn(8, 64, 3, 3).bfloat16(), torch.randn(8).bfloat16()),
+    "conv_bn": lambda: FF.conv2d_bn_act(
+        image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True),
+        torch.zeros(8), torch.ones(8), torch.zeros(8, requires_grad=True), torch.randn(8, requires_grad=True), training=True),
+    "conv_bn_half": lambda: FF.conv2d_bn_act(
+        image(16, 64, 8, 8, grad=True).bfloat16(), torch.randn(256, 64, 1, 1, requires_grad=True).bfloat16(), None,
+        torch.zeros(256), torch.ones(256), torch.ones(256, requires_grad=True), torch.zeros(256, requires_grad=True),
+        training=True, residual=image(16, 256, 8, 8, grad=True).bfloat16()),  # the kink of relu moves gradients by percents
+    "norm": lambda: FF.batch_norm_act(image(4, 8, 6, 6, grad=True), None, None, training=True, residual=image(4, 8, 6, 6, grad=True)),
+    "norm_1d": lambda: FF.batch_norm_act(torch.randn(16, 8, requires_grad=True), torch.zeros(8), torch.ones(8)),
+    "max_pool": lambda: FF.max_pool2d(image(2, 8, 7, 7, grad=True).half(), 3, 2, 1),
+    "avg_pool": lambda: FF.avg_pool2d(image(2, 8, 7, 7, grad=True), 2),
+    "adaptive": lambda: FF.adaptive_avg_pool2d(image(2, 8, 7, 7, grad=True), 1),
+    "loss": lambda: FF.cross_entropy(torch.randn(8, 10, requires_grad=True), torch.arange(8), torch.rand(10), label_smoothing=0.1),
+    "probabilities": lambda: FF.cross_entropy(
+        torch.randn(8, 10, requires_grad=True), torch.randn(8, 10).softmax(1).requires_grad_(), reduction="none"),
+    "expanded": lambda: FF.max_pool2d(torch.randn(1, 1, 8, 8).expand(4, 3, 8, 8), 2),
+    "sliced": lambda: FF.avg_pool2d(image(4, 6, 8, 8)[:, ::2], 2),
+    "zeros": lambda: FF.conv2d_bn_act(
+        torch.zeros(4, 8, 6, 6), torch.zeros(8, 8, 3, 3, requires_grad=True), None, torch.zeros(8), torch.ones(8), None,
+        None, training=True),
+    "infinite": lambda: FF.batch_norm_act(image(4, 8, 6, 6) * torch.inf, torch.zeros(8), torch.full((8,), torch.nan), training=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operator_is_measured_without_a_warning(case, measured, caplog):
+    """Both backends agree on every operator's copies: the check at measuring has no false alarm."""
+    CASES[case]()
+    assert len(measured) == 1
+    entry = choice.store_of(torch.device("cpu")).get(measured[0])
+    assert set(entry["ms"]) == {"cpu", "aten"} and "failed" not in entry
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_ties_go_to_the_fixed_order():
+    assert choice.winner({"aten": [1.0, 1.0], "cpu": [1.0, 1.05]}) == "cpu"
+    assert choice.winner({"aten": [1.0, 1.0], "cpu": [1.0, 1.1]}) == "aten"
+    assert choice.winner({"aten": [2.0], "triton": [1.02], "cuda": [1.0]}) == "cuda"
+    assert choice.winner({"aten": [2.0], "triton": [1.0], "cuda": [1.1]}) == "triton"
+
+
+def test_explain_tells_and_changes_nothing(monkeypatch):
+    favour(monkeypatch, "aten")
+    norm = (torch.zeros(8), torch.ones(8))
+    x, counter = image(4, 8, 6, 6), torch.tensor(0)
+    found = fastconv.explain("batch_norm_act", x, *norm, training=True, num_batches_tracked=counter)
+    assert found.backend == "cpu" and counter == 0 and same_bits(norm[0], torch.zeros(8))
+    FF.batch_norm_act(x, *norm, training=True, num_batches_tracked=counter)
+    found = fastconv.explain(FF.batch_norm_act, x, *norm, training=True, num_batches_tracked=counter)
+    assert found.backend == "aten" and found.ms == {"cpu": [2.0], "aten": [1.0]} and counter == 1
+    text = str(found)
+    assert "batch_norm_act runs on aten: the fastest of 2 measured" in text
+    assert "cpu     forward 2.000 ms" in text and "batch_norm_act float32[4,8,6,6]cl" in text
+    refused = fastconv.explain("max_pool2d", torch.ones(1, 1, 4, 4, dtype=torch.int32), 2)
+    assert refused.backend == "aten" and "int32" in refused.refused["cpu"] and "int32" in str(refused)
+    with fastconv.use_backend("cpu"):
+        assert "use_backend('cpu')" in fastconv.explain("max_pool2d", x, 2).reason
+        with pytest.raises(RuntimeError, match="cannot run this call"):
+            fastconv.explain("max_pool2d", torch.ones(1, 1, 4, 4, dtype=torch.int32), 2)
+    assert fastconv.explain("conv2d_bias_relu", x, torch.randn(8, 8, 1, 1)).backend == "cpu"
+    assert fastconv.explain("avg_pool2d", x[0], 2).backend == "cpu"
+    for wrong in ("conv3d", "torch", torch.relu, torch.nn.functional.max_pool2d):
+        with pytest.raises(ValueError, match="explain: op expected a function of fastconv.functional"):
+            fastconv.explain(wrong, x)
+    with pytest.raises(RuntimeError, match="weight"):
+        fastconv.explain("conv2d_bias_act", x, torch.randn(8, 3, 1, 1))
+
+
+def test_the_measuring_context(measured, monkeypatch):
+    monkeypatch.delenv("FASTCONV_TUNE")
+    call = net_call()
+    with fastconv.tune.measuring(seconds=0.0) as tuning:
+        call(), call()
+    assert len(measured) == 1 and list(tuning.results) == measured and tuning.seconds > 0
+    assert "| winner |" in tuning.table(torch.device("cpu"))
+    call()
+    with fastconv.tune.measuring(seconds=0.0) as tuning:
+        call()
+    assert len(measured) == 1 and not tuning.results
+    with fastconv.tune.measuring(seconds=0.0, again=True) as tuning:
+        call(), call()
+    assert len(measured) == 2 and len(tuning.results) == 1
+
+
+def test_the_choice_costs_less_than_2_microseconds():
+    """Four tensors, a cached decision: what a call pays for "auto". Other programs can only add to the least time."""
+    x, w, b, r = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3), torch.randn(8), image(4, 8, 6, 6)
+    settings = ((1, 1), (1, 1), (1, 1), 1, "relu")
+    FF.conv2d_bias_act(x, w, b, 1, 1, residual=r)
+
+    def look_up():
+        return choice.select("conv2d_bias_act", (x, w, b, r), settings, "", FF._conv2d_bias_act)
+
+    look_up()
+    assert min(timeit.repeat(look_up, number=1000, repeat=50)) / 1000 < 2e-6
+
+
+TUNE = ["-m", "fastconv", "tune", "--model", "squeezenet1_1", "--batch-size", "2", "--image-size", "32", "--seconds", "0"]  # fmt: skip
+
+
+def test_the_tune_command(tmp_path):
+    pytest.importorskip("torchvision")
+    table = tmp_path / "table.md"
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *TUNE, "--output", str(table)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert "Measured now:" in outputs[0] and "Measured now:" not in outputs[1], "the second run finds it all there"
+    assert f"Kept in {tmp_path / 'measurements.json'}" in outputs[0]
+    text = table.read_text()
+    assert "squeezenet1_1, batch 2, 32 px, fp32, train, inference" in text and "Winners of" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "class of calls" not in line]
+    assert {row.split("|")[4 + 1].strip() for row in rows} <= {"cpu", "aten"} and len(rows) > 20
+    wrong = subprocess.run([sys.executable, *TUNE[:4], "resnet5000"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode != 0 and "resnet5000" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+import fastconv, fastconv.functional as FF
+from fastconv.ops import choice
+from fastconv.ops import measure as measuring
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+favourite = ("cpu", "aten")[rank]  # each rank's clock says something else
+choice.measure = lambda op, names, run, tensors, settings, seconds=None: measuring.Result(
+    {n: [1.0 if n == favourite else 2.0] for n in names})
+w = torch.randn(8, 8, 3, 3)
+names = []
+for size in (6, 7, 8, 9):
+    x = torch.randn(4, 8, size, size)
+    FF.conv2d_bias_act(x, w)
+    names.append(choice.select("conv2d_bias_act", (x, w, None, None), ((1, 1), (0, 0), (1, 1), 1, "relu"), "", None))
+if rank == 1:  # a shape that the other rank never sees, as in a last, smaller batch
+    names.append("alone")
+    FF.conv2d_bias_act(torch.randn(1, 8, 5, 5), w)
+dist.barrier()
+print(names[:4])
+"""
+
+
+def test_ranks_agree(tmp_path, monkeypatch):
+    """Two gloo ranks, each with a cache and a winner of its own: both take what the first of them chose."""
+    ranks = []
+    for rank in range(2):
+        monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path / str(rank)))
+        command = [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting")]
+        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [r.communicate(timeout=120) for r in ranks]
+    assert all(r.returncode == 0 for r in ranks), outputs
+    assert outputs[0][0] == outputs[1][0] and outputs[0][0].count("'") == 8
