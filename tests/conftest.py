@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What was measured on this machine must not decide what the suite runs; the tests of the choice set it themselves.
 os.environ.setdefault("FASTCONV_TUNE", "0")
+import simt_backend  # noqa: E402
 import torch  # noqa: E402
 
 import fastconv  # noqa: E402
@@ -53,7 +55,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     # A skip raised here, and not in the fixture, is reported as one counted line per backend and reason.
     for fixture in ("backend", "kernels"):
         name = getattr(item, "callspec", None) and item.callspec.params.get(fixture)
-        if name and not fastconv.backends()[name]:
+        if name == "simt":
+            missing = simt_backend.add()
+            if missing:
+                pytest.skip(f"backend simt: {missing}")
+        elif name and not fastconv.backends()[name]:
             pytest.skip(f"backend {name}: {fastconv.backends()[name].reason}")
 
 
@@ -64,14 +70,21 @@ def pytest_runtest_call(item: pytest.Item):
     except RuntimeError as error:
         if os.environ.get("TRITON_INTERPRET") == "1" and "Triton's interpreter" in str(error):
             pytest.skip(str(error))  # the backend names what its interpreter gets wrong; a GPU runs these tests
+        if simt_backend.TOO_LARGE in str(error):
+            pytest.skip(f"backend simt: {simt_backend.TOO_LARGE}")
         raise
 
 
-@pytest.fixture(params=["aten", "cpu", "cuda", "triton"])
+@pytest.fixture(params=["aten", "cpu", "cuda", "triton", "simt"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Chooses the backend explicitly, so that a call that it cannot run raises instead of falling back unseen."""
+    """Chooses the backend explicitly, so that a call that it cannot run raises instead of falling back unseen.
+
+    simt: the CUDA operators, host side and kernels, over CPU tensors in the emulator of tests/simt.
+    """
     name = request.param
-    with fastconv.use_backend(name):
+    # Exact fp32: what is compared against on a CPU knows no TF32.
+    tf32 = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with fastconv.use_backend(name), tf32 if name == "simt" else contextlib.nullcontext():
         # With TRITON_INTERPRET=1 the Triton kernels run on CPU tensors.
         gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
         yield Backend(name, "cuda" if gpu else "cpu")

@@ -45,6 +45,7 @@ std::string batch_norm(const NormCall& c, LaunchStream stream) {
                          c.save_invstd,
                          c.part_mean,
                          c.part_m2,
+                         false,
                          c.training != 0,
                          c.momentum,
                          c.eps,

@@ -76,6 +76,29 @@ def _ask(name: str) -> Availability:
     return Availability(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A further backend: the library ``torch.ops.<library>`` with fastconv's schemas, and what it cannot run."""
+
+    library: str
+    cannot_run: Callable[[str, tuple[Tensor | None, ...]], str]
+
+
+_EXTRA: dict[str, Extra] = {}
+_LIBRARIES = {"triton": "fastconv_triton"}
+
+
+def add_backend(name: str, extra: Extra, availability: Availability) -> None:
+    """Makes ``use_backend(name)`` run another implementation of the raw operators; "auto" never takes it.
+
+    For tests, and for kernels that somebody else brings. ``extra.cannot_run(op, tensors)`` gives a reason or "".
+    Raises ValueError if there is a backend of that name.
+    """
+    if name in NAMES or name in _EXTRA:
+        raise ValueError(f"add_backend: name expected a new one, got {name!r}")
+    _EXTRA[name], _LIBRARIES[name], _known[name] = extra, extra.library, availability
+
+
 # The answers for the GPU backends are asked for at the first use: they import Triton and start CUDA in this process.
 _known = {name: _ask(name) for name in ("cpu", "aten")}
 
@@ -118,7 +141,7 @@ class use_backend:  # noqa: N801  (named like torch.set_grad_enabled: a function
 
     def __init__(self, name: str) -> None:
         global _choice
-        if name != "auto" and name not in NAMES:
+        if name != "auto" and name not in NAMES and name not in _EXTRA:
             raise ValueError(f"use_backend: name expected one of auto, {', '.join(NAMES)}; got {name!r}")
         if name != "auto" and not _availability(name):
             raise RuntimeError(f"use_backend: backend {name!r} is not available: {_availability(name).reason}")
@@ -166,7 +189,10 @@ def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], limit: s
     missing = _unavailable(name)
     if missing:
         return missing
-    own = triton.cannot_run(op, tensors) if name == "triton" else _compiled_cannot_run(name, op, tensors)
+    if name in _EXTRA:
+        own = _EXTRA[name].cannot_run(op, tensors)
+    else:
+        own = triton.cannot_run(op, tensors) if name == "triton" else _compiled_cannot_run(name, op, tensors)
     return limit or own or _transformed(tensors)
 
 
@@ -179,5 +205,4 @@ def tell(op: str, reason: str) -> None:
 
 def impl(backend: str, op: str) -> Callable:
     """The callable with the signature of ``torch.ops.fastconv.<op>`` that ``backend`` runs."""
-    library = torch.ops.fastconv_triton if backend == "triton" else torch.ops.fastconv
-    return getattr(library, op).default
+    return getattr(getattr(torch.ops, _LIBRARIES.get(backend, "fastconv")), op).default

@@ -31,6 +31,7 @@ struct BatchNormParams {
   float* save_invstd;                          // [channels] out
   float* part_mean;                            // [chunks, channels] in / out
   float* part_m2;
+  bool pivoted;  // part_mean is of x - x[0]; set by the launch
   bool training;
   float momentum;  // negative: cumulative average
   float eps;
@@ -67,15 +68,26 @@ __device__ __forceinline__ void column_moments(float (&mean)[N], float (&m2)[N],
   for (int j = 0; j < N; ++j) mean[j] = all[j], m2[j] = dev[j];
 }
 
+// The channels' first values: moments are taken of x - pivot, for where the mean is large against the deviations a mean
+// in fp32 has no digits left for them.
 template <class T, int N>
-__device__ __forceinline__ float thread_moments(float (&mean)[N], float (&m2)[N], const BatchNormParams<T>& p,
-                                                const ColumnThread<N>& t) {
+__device__ __forceinline__ void load_pivot(float (&pivot)[N], const BatchNormParams<T>& p, const ColumnThread<N>& t) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) pivot[j] = 0.0f;
+  if (t.active) load_floats<N>(pivot, p.x + t.c);
+}
+
+template <class T, int N>
+__device__ __forceinline__ float thread_moments(float (&mean)[N], float (&m2)[N], const float (&pivot)[N],
+                                                const BatchNormParams<T>& p, const ColumnThread<N>& t) {
 #pragma unroll
   for (int j = 0; j < N; ++j) mean[j] = m2[j] = 0.0f;
   float count = 0.0f;
   for (int64_t row = t.row; row < t.end; row += t.step) {
     float x[N];
     load_floats<N>(x, p.x + row * p.shape.channels + t.c);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] -= pivot[j];
     count += 1.0f;
     welford<N>(mean, m2, x, 1.0f / count);
   }
@@ -87,8 +99,9 @@ __global__ void __launch_bounds__(kColumnThreads) bn_stats_kernel(BatchNormParam
   SMEM_ARRAY(float, shared, kColumnThreads* N);
   ptx::pdl_wait();
   ColumnThread<N> t(p.shape);
-  float mean[N], m2[N];
-  float count = thread_moments<T, N>(mean, m2, p, t);
+  float mean[N], m2[N], pivot[N];
+  load_pivot<T, N>(pivot, p, t);
+  float count = thread_moments<T, N>(mean, m2, pivot, p, t);
   int64_t first = blockIdx.y * p.shape.chunk_rows;
   int64_t rows = p.shape.rows - first < p.shape.chunk_rows ? p.shape.rows - first : p.shape.chunk_rows;
   column_moments<N>(mean, m2, count, static_cast<float>(rows), t, shared);
@@ -131,6 +144,7 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSlices) bn_merge_kernel(
   __syncthreads();  // all slices are there
   if (slice != 0 || c >= p.shape.channels) return;
   for (int i = 1; i < kMergeSlices; ++i) m = merge(m, shared[i * kMergeChannels + lane]);
+  if (p.pivoted) m.mean += to_float(p.x[c]);
   p.save_mean[c] = m.mean;
   p.save_invstd[c] = rsqrtf(m.m2 / static_cast<float>(p.shape.rows) + p.eps);
   float factor = p.momentum >= 0.0f ? p.momentum : 1.0f / static_cast<float>(*p.batches_tracked + 1);
@@ -194,11 +208,13 @@ __global__ void __launch_bounds__(kColumnThreads) bn_small_kernel(BatchNormParam
   SMEM_ARRAY(float, shared, kColumnThreads* N);
   ptx::pdl_wait();
   ColumnThread<N> t(p.shape);
-  float mean[N], m2[N], invstd[N];
-  float count = thread_moments<T, N>(mean, m2, p, t);
+  float mean[N], m2[N], invstd[N], pivot[N];
+  load_pivot<T, N>(pivot, p, t);
+  float count = thread_moments<T, N>(mean, m2, pivot, p, t);
   column_moments<N>(mean, m2, count, static_cast<float>(p.shape.rows), t, shared);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
+    mean[j] += pivot[j];
     invstd[j] = rsqrtf(m2[j] / static_cast<float>(p.shape.rows) + p.eps);
     if (t.y == 0 && t.active) {
       p.save_mean[t.c + j] = mean[j];
@@ -239,6 +255,7 @@ Status run_batch_norm(BatchNormParams<T> p, int64_t part_rows, Stream stream) {
       if (!status.ok()) return status;
     }
     BatchNormParams<T> merged = p;
+    merged.pivoted = part_rows == 0;  // a convolution's epilogue subtracts nothing
     if (part_rows > 0) merged.shape.chunk_rows = part_rows;
     status = launch(bn_merge_kernel<T>, dim3(ceil_div(p.shape.channels, kMergeChannels)),
                     dim3(kMergeChannels * kMergeSlices), 0, stream, merged, column_chunks(merged.shape));

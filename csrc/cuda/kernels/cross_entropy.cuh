@@ -75,6 +75,13 @@ struct RunningLse {
   __device__ __forceinline__ float value() const { return max == INFINITY ? NAN : max + logf(sum); }  // as PyTorch
 };
 
+// sum_c w_c (x_c - max) follows a maximum that moves: from `before` to `now`. Where all was -inf so far the sum is 0, or
+// no longer finite: then it stays.
+__device__ __forceinline__ float shift_sum(float sum_wx, float sum_w, float before, float now) {
+  return before == now || before == -INFINITY ? sum_wx : sum_wx - (now - before) * sum_w;
+}
+__device__ __forceinline__ float below_max(float x, float max) { return max == -INFINITY ? x : x - max; }
+
 // Sum over the Lanes threads of a row, the same in each. shared: one float per warp (block-wide rows only).
 template <int Lanes>
 __device__ __forceinline__ float row_sum(float x, float* shared) {
@@ -136,33 +143,38 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(LossParams<
   const bool by_index = !p.probabilities;
 
   RunningLse l{-INFINITY, 0.0f};
-  float sum_w = 0.0f, sum_wx = 0.0f;  // over classes: weights (or weighted probabilities), and those times x
+  float sum_w = 0.0f, sum_wx = 0.0f;  // over classes: weights (or weighted probabilities), and those times x - max
   const bool need_sums = !by_index || s.smoothing > 0.0f;
   const float uniform = s.smoothing / static_cast<float>(s.classes);
   for (int c = lane * N; c < classes; c += Lanes * N) {
     float x[N], w[N];
     load_floats<N>(x, p.input + base + c * s.stride_c);
 #pragma unroll
-    for (int j = 0; j < N; ++j) l.add(x[j]);
-    if (need_sums) {
-      if (!by_index) load_floats<N>(w, p.probabilities + base + c * s.stride_c);
+    for (int j = 0; j < N; ++j) w[j] = 0.0f;
+    if (need_sums && !by_index) load_floats<N>(w, p.probabilities + base + c * s.stride_c);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+    for (int j = 0; j < N; ++j) {
+      const float before = l.max;
+      l.add(x[j]);
+      if (need_sums) {
         w[j] = class_weight(p, c + j) * (by_index ? 1.0f : w[j] * (1.0f - s.smoothing) + uniform);
+        sum_wx = fmaf(w[j], below_max(x[j], l.max), shift_sum(sum_wx, sum_w, before, l.max));
         sum_w += w[j];
-        sum_wx = fmaf(w[j], x[j], sum_wx);
       }
     }
   }
+  const float mine = l.max;
   l = row_lse<Lanes>(l, shared);
   if (need_sums) {
+    sum_wx = shift_sum(sum_wx, sum_w, mine, l.max);
     sum_w = row_sum<Lanes>(sum_w, shared);
     sum_wx = row_sum<Lanes>(sum_wx, shared);
   }
 
   float loss = 0.0f, kept = 0.0f;
   if (real && lane == 0) {
-    const float lse = l.value();
+    // Never through lse, which rounds log s off where the logits are large.
+    const float log_sum = l.max == INFINITY ? NAN : logf(l.sum);
     if (by_index) {
       const int64_t t = loss_target(p, row);
       if (t != s.ignore_index) {
@@ -170,15 +182,15 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(LossParams<
           loss = NAN;
         } else {
           kept = class_weight(p, static_cast<int>(t));
-          loss = kept * (1.0f - s.smoothing) * (lse - to_float(p.input[base + t * s.stride_c]));
-          if (s.smoothing > 0.0f) loss += uniform * (lse * sum_w - sum_wx);
+          loss = kept * (1.0f - s.smoothing) * (log_sum - (to_float(p.input[base + t * s.stride_c]) - l.max));
+          if (s.smoothing > 0.0f) loss += uniform * (log_sum * sum_w - sum_wx);
         }
       }
     } else {
-      loss = lse * sum_w - sum_wx;
+      loss = log_sum * sum_w - sum_wx;
       kept = 1.0f;
     }
-    p.lse[row] = lse;
+    p.lse[row] = l.value();
     if (s.reduction == Reduction::kNone) p.loss[row] = from_float<T>(loss);
   }
 

@@ -13,6 +13,8 @@
 
 namespace fastconv {
 
+constexpr float kLargeLse = 32.0f;  // beyond it an fp32 lse is off by 2^-19 and more
+
 template <class T>
 struct LossBackwardParams {
   LossParams<T> forward;  // input, targets, weight, lse, normalizer, shape
@@ -45,11 +47,18 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_backward_kernel(Lo
   } else {
     total = static_cast<float>(s.classes);
   }
+  // lse = max + log s rounds log s off where it is large: then the probabilities are divided by their own sum.
+  const float lse = real ? p.lse[row] : 0.0f;
+  float scale = 1.0f;
+  if (fabsf(lse) > kLargeLse) {  // the same for all threads of a row
+    float sum = 0.0f;
+    for (int c = lane; c < classes; c += Lanes) sum += expf(to_float(p.input[base + c * s.stride_c]) - lse);
+    scale = 1.0f / row_sum<Lanes>(sum, shared);
+  }
   if (!real) return;  // no barrier below
 
   float g = to_float(k.grad_loss[s.reduction == Reduction::kNone ? row : 0]);
   if (s.reduction == Reduction::kMean) g /= *p.normalizer;
-  const float lse = p.lse[row];
   if (by_index) {
     const int64_t t = loss_target(p, row);
     const bool ignored = t == s.ignore_index, bad = !ignored && (t < 0 || t >= s.classes);
@@ -59,7 +68,7 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_backward_kernel(Lo
       load_floats<N>(x, p.input + base + c * s.stride_c);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        float prob = expf(x[j] - lse);
+        float prob = expf(x[j] - lse) * scale;
         float grad = wt * (prob - (c + j == t ? 1.0f : 0.0f));
         if (s.smoothing > 0.0f) grad += uniform * (prob * total - class_weight(p, c + j));
         x[j] = ignored ? 0.0f : (bad ? NAN : g * grad);
@@ -76,7 +85,7 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_backward_kernel(Lo
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float w = class_weight(p, c + j), logp = x[j] - lse;
-      dx[j] = g * (expf(logp) * total - w * (dx[j] * (1.0f - s.smoothing) + uniform));
+      dx[j] = g * (expf(logp) * scale * total - w * (dx[j] * (1.0f - s.smoothing) + uniform));
       x[j] = -g * w * (1.0f - s.smoothing) * logp;
     }
     if (k.grad_input) store_floats<N>(k.grad_input + at, dx);
