@@ -55,7 +55,8 @@ def info() -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastconv", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, device, build and backends")
+    about = commands.add_parser("info", help="versions, device, build and backends")
+    about.add_argument("--kernels", action="store_true", help="also every compiled CUDA kernel with its registers")
     _add_tune(commands.add_parser("tune", help="measure the backends on a model's calls, and keep the times"))
     options = parser.parse_args(argv)
     if options.command == "tune":
@@ -63,6 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return tune(options)
     print(info())
+    if options.kernels:
+        from ._kernels import kernels, table
+
+        try:
+            print(f"\nCUDA kernels:\n{table(kernels())}")
+        except RuntimeError as error:
+            print(f"\nCUDA kernels: {error}")
+            return 1
     return 0
 
 

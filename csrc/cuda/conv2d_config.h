@@ -1,4 +1,4 @@
-// Which tile, and how many split sums, a convolution runs with. Plain C++, no device: tests call it anywhere.
+// Which tile, and how many split sums, a convolution runs with. Plain C++, no device.
 //
 // The choice minimises a model of the time, in multiply-adds of one multiprocessor at full rate:
 //   waves of blocks * (k-tiles of one block * their cost + a block's fixed cost) + the reduction of split sums.
@@ -20,7 +20,7 @@ struct ConvChoice {
 struct TileModel {
   int bm, bn;
 };
-// The tables of kernels/conv_launch.cuh (a test compares them).
+// The tables of kernels/conv_launch.cuh (launch_conv.cuh compares them).
 constexpr TileModel kGemmTiles[] = {{16, 64}, {32, 64}, {64, 64}, {128, 64}, {128, 128}, {256, 64}};
 constexpr TileModel kWgradTileModels[] = {{64, 64}, {128, 128}};
 constexpr int64_t kMaxSplitBytes = 64 << 20;  // of fp32 partial sums: more would leave L2 and cost what it saves

@@ -35,6 +35,13 @@ extern "C" int simt_conv_tile_rows(const ConvCall* c) {
 #endif
 }
 
+// The host side's choice: tile * 1000 + splits.
+extern "C" int simt_choose_conv(const ConvShape* shape, int kind, int element, int multiprocessors, int stats) {
+  const cuda::ConvChoice c =
+      cuda::choose_conv(*shape, static_cast<ConvKind>(kind), element, multiprocessors, stats != 0);
+  return c.tile * 1000 + c.splits;
+}
+
 // "traits|threads|dynamic shared memory" of every convolution kernel, for resources.py: what the compiler cannot see.
 template <class Tr>
 static void describe(std::string& out) {

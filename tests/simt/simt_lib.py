@@ -73,7 +73,7 @@ def build(
         *sorted(kernels.glob("*.h")),
         *sorted(kernels.parent.glob("*.cu")),
         *sorted(kernels.parent.glob("*.cuh")),
-        kernels.parent / "api.h",
+        *sorted(kernels.parent.glob("*.h")),
     ]
     command = ["g++", "-std=c++17", *SANITIZE[sanitize], *cpu_flags(), "-fPIC", "-shared", "-DFASTCONV_SIMT", *extra]
     command += [

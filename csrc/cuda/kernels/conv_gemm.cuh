@@ -55,8 +55,8 @@ struct ConvGemmTraits {
 
   // Blocks that an SM should hold: accumulators + addresses and fragments + what the variant adds, out of 64 Ki
   // registers.
-  static constexpr int kRegisters = BM * BN / kThreads + 64 + (kPrologue ? 64 : 0) + (kElem == 4 ? 32 : 0) +
-                                    (kVecBytes < 16 ? 64 : 0) + (kTensor ? 0 : 32);
+  static constexpr int kRegisters = BM * BN / kThreads + 64 + (kPrologue ? 64 : 0) + (kDgrad ? 8 : 0) +
+                                    (kElem == 4 ? 32 : 0) + (kVecBytes < 16 ? 64 : 0) + (kTensor ? 0 : 32);
   static constexpr int kMinBlocks = min_int(max_int(65536 / (kThreads * kRegisters), 1), 8);
 
   using Engine = std::conditional_t<kTensor, TensorEngine<T, WM, WN, kKBytes, false, kDgrad, BM, BN>,

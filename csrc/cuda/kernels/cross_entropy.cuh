@@ -75,8 +75,8 @@ struct RunningLse {
   __device__ __forceinline__ float value() const { return max == INFINITY ? NAN : max + logf(sum); }  // as PyTorch
 };
 
-// sum_c w_c (x_c - max) follows a maximum that moves: from `before` to `now`. Where all was -inf so far the sum is 0, or
-// no longer finite: then it stays.
+// sum_c w_c (x_c - max) follows a maximum that moves: from `before` to `now`. Where all was -inf so far the sum is 0,
+// or no longer finite: then it stays.
 __device__ __forceinline__ float shift_sum(float sum_wx, float sum_w, float before, float now) {
   return before == now || before == -INFINITY ? sum_wx : sum_wx - (now - before) * sum_w;
 }
