@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One call on a machine with a GPU: build for it, test on it, look for memory errors and races, measure, one table last.
 #
-#   bench/gpu.sh OUTDIR [PART...]      PART: info build test sanitize bench     (default: all, in this order)
+#   bench/gpu.sh OUTDIR [PART...]      PART: info build fragments test sanitize ops train     (default: all, in this order)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log; a part that fails is named in the table at the end
@@ -15,7 +15,7 @@ if [ $# -lt 1 ]; then
 fi
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
-[ $# -gt 0 ] || set -- info build test sanitize bench
+[ $# -gt 0 ] || set -- info build fragments test sanitize ops train
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 export PYTHONUNBUFFERED=1
 
@@ -28,6 +28,14 @@ part_info() {
 part_build() {
   FASTCONV_CUDA=${FASTCONV_CUDA:-} "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps -e . &&
     "$PYTHON" -m fastconv info
+}
+
+# The layouts of mma.sync and ldmatrix that the kernels rely on, on this GPU.
+part_fragments() {
+  local nvcc
+  nvcc=$("$PYTHON" -c 'import setup; print(setup.find_cuda_home() / "bin" / "nvcc")') &&
+    "$nvcc" -std=c++17 -diag-suppress 20050 -arch=native -I csrc/cuda/kernels -I tests/simt tests/simt/fragments.cu -o "$out/fragments" &&
+    "$out/fragments"
 }
 
 part_test() {
@@ -45,12 +53,18 @@ part_sanitize() {
   return $status
 }
 
-part_bench() {
+# Every operator against its peers; the rows and pictures are kept, the table is printed last.
+part_ops() {
+  timeout 150 "$PYTHON" bench/all.py --device cuda --out "$out/bench" --only conv batch_norm pooling cross_entropy \
+    --minutes 2.3
+}
+
+part_train() {
   local precision batch status=0
-  for precision in fp32 bf16; do
+  for precision in bf16 fp32; do
     for batch in 4 128 512; do
-      "$PYTHON" bench/train_cifar10.py --backend compare --dataset synthetic --precision "$precision" \
-        --batch-size "$batch" --max-steps 200 --device cuda --report "$out/train_${precision}_$batch" || status=1
+      timeout 60 "$PYTHON" bench/train_cifar10.py --backend compare --dataset synthetic --precision "$precision" \
+        --batch-size "$batch" --max-steps 100 --device cuda --report "$out/train_${precision}_$batch" || status=1
     done
   done
   return $status
@@ -60,7 +74,7 @@ failed=0
 table=""
 for part in "$@"; do
   if ! declare -F "part_$part" >/dev/null; then
-    echo "bench/gpu.sh: no part named $part (info build test sanitize bench)" >&2
+    echo "bench/gpu.sh: no part named $part (info build fragments test sanitize ops train)" >&2
     exit 2
   fi
   start=$SECONDS

@@ -37,9 +37,9 @@ def cuobjdump() -> str | None:
     return found
 
 
-def _readable(names: list[str]) -> list[str]:
+def readable(names: list[str]) -> list[str]:
     """Demangled, without namespace and parameters; mangled where there is no c++filt."""
-    if not shutil.which("c++filt"):
+    if not names or not shutil.which("c++filt"):
         return names
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     out = []
@@ -88,8 +88,8 @@ def parse(text: str) -> list[Kernel]:
             values = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
             rows.append((name, arch, values.get("REG", 0), values.get("STACK", 0), values.get("SHARED", 0)))
             name = ""
-    readable = _readable([row[0] for row in rows])
-    found = [Kernel(short, *row[1:]) for short, row in zip(readable, rows, strict=True)]
+    names = readable([row[0] for row in rows])
+    found = [Kernel(short, *row[1:]) for short, row in zip(names, rows, strict=True)]
     return sorted(found, key=lambda k: (k.name, int(re.sub(r"\D", "", k.arch))))
 
 

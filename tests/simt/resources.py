@@ -14,12 +14,13 @@ import ctypes
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import simt_lib
+
+from fastconv._kernels import cuobjdump, readable
 
 ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
 FAMILIES = ["conv", "norm", "pool", "loss"]
@@ -37,17 +38,6 @@ PATTERNS = {
     "FFMA": r"\bFFMA",
 }
 CUBINS = simt_lib.BUILD / "cubin"
-
-
-def cuobjdump() -> str | None:
-    if found := shutil.which("cuobjdump"):
-        return found
-    try:
-        import triton
-    except ImportError:
-        return None
-    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(found) if found.exists() else None
 
 
 def compile_one(family: str, dtype: str, arch: str) -> tuple[Path, str]:
@@ -68,26 +58,6 @@ def compile_one(family: str, dtype: str, arch: str) -> tuple[Path, str]:
             raise RuntimeError(f"{family}.cu does not compile for {arch}:\n{done.stderr[:4000]}")
         log.write_text(done.stderr)
     return cubin, log.read_text()
-
-
-def demangle(names: list[str]) -> list[str]:
-    if not names:
-        return []
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    out = []
-    for line in done.stdout.splitlines():
-        name = re.sub(r"^void ", "", line).replace("fastconv::", "")
-        depth = 0
-        for i, ch in enumerate(name):  # cut the parameter list: the first '(' outside <>
-            depth += (ch == "<") - (ch == ">")
-            if ch == "(" and depth == 0 and i > 0:
-                name = name[:i]
-                break
-        name = (
-            name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("(PoolKind)", "").replace(" >", ">")
-        )
-        out.append(re.sub(r"<float", "<fp32", name))
-    return out
 
 
 def parse_log(log: str) -> dict[str, dict]:
@@ -129,7 +99,7 @@ def dynamic_memory() -> dict[str, tuple[int, int]]:
     table = {}
     for line in lib.simt_conv_table().decode().splitlines():
         name, threads, smem = line.split("|")
-        table[demangle([name])[0]] = (int(threads), int(smem))
+        table[readable([name])[0]] = (int(threads), int(smem))
     return table
 
 
@@ -137,6 +107,7 @@ def threads_of(kernel: str, dynamic: dict) -> tuple[int, int]:
     if m := re.match(r"conv_(?:gemm|wgrad)_kernel<(.*)>$", kernel):
         return dynamic[m[1]]
     known = {"cross_entropy_finish": 1024, "max_pool": 128, "avg_pool": 128, "depthwise_kernel": 128}
+    known["batch_norm_fold_kernel"] = 128
     return next((n for key, n in known.items() if kernel.startswith(key)), 256), 0
 
 
@@ -149,7 +120,7 @@ def gather(archs: list[str], families: list[str], dtypes: list[str], jobs: int =
     table: dict[str, dict[str, dict]] = {}
     for (_, _, arch), (cubin, log) in zip(work, built, strict=True):
         numbers, sass = parse_log(log), parse_sass(cubin)
-        for mangled, name in zip(numbers, demangle(list(numbers)), strict=True):
+        for mangled, name in zip(numbers, readable(list(numbers)), strict=True):
             entry = dict(numbers[mangled], **sass.get(mangled, {}))
             entry["threads"], extra = threads_of(name, dynamic)
             entry["smem"] += extra
