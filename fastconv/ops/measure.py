@@ -22,8 +22,8 @@ MOST_ROUNDS, LEAST_ROUNDS = 15, 2
 SECONDS = {"cpu": 0.2, "cuda": 0.05}
 _CUDA_REPEATS = 5  # calls between two events: their own resolution is half a microsecond
 # Largest relative RMS difference from stock PyTorch in the same dtype, of the output and of gradients: wrong kernels
-# are off by more, another order of summation by less. float32 leaves room for TF32. Where rounding moves a value across an
-# activation's kink its whole gradient changes: with bf16's unit of 2^-8 that is one element in 250, 6% in the RMS.
+# are off by more, another order of summation by less. float32 leaves room for TF32. Where rounding moves a value across
+# an activation's kink its whole gradient changes: with bf16's unit of 2^-8 that is one element in 250, 6% in the RMS.
 _TOLERANCE = {
     torch.float64: (1e-8, 1e-6),
     torch.float32: (3e-3, 3e-2),
