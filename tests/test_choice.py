@@ -246,6 +246,38 @@ def test_never_measured_where_timing_would_disturb(state, measured):
     assert len(measured) == 1
 
 
+def test_waiting_for_a_measurement_is_cheap(measured):
+    """A model that always runs under activation checkpointing does not go the long way at every call."""
+    decided, real = [], choice._decide
+    x, w = image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "_decide", lambda *args: decided.append(args[0]) or real(*args))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            for _ in range(3):
+                FF.conv2d_bias_act(x, w)
+        assert decided == ["conv2d_bias_act"] and measured == []
+        FF.conv2d_bias_act(x, w)
+        FF.conv2d_bias_act(x, w)
+        assert len(decided) == 2 and len(measured) == 1
+
+
+def test_a_measurement_that_fails_is_not_tried_again(monkeypatch, caplog):
+    tried = []
+
+    def fail(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(choice, "measure", fail)
+    call = net_call()
+    for _ in range(3):
+        call()
+    assert len(tried) == 1
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "conv2d_bias_act: measuring it failed: CUDA out of memory"
+    ]
+
+
 def test_a_capture_is_not_measured(monkeypatch):
     """Without a GPU: the question that the choice asks of CUDA."""
 

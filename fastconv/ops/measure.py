@@ -7,6 +7,7 @@ mislead the check), vectors and class indices are clones, and so running statist
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,11 @@ class Result:
     ms: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0  # that the measurement took, compilation included
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Events are recorded on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def unsettled(tensors: Sequence[Tensor | None]) -> str:
@@ -160,7 +166,7 @@ def measure(
     result = Result()
     device = tensors[0].device
     budget = SECONDS.get(device.type, 0.2) if seconds is None else seconds
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), on(device):
         call = _Call(op, run, _copies(op, tensors), settings)
         expected = call.results("aten")
         # Batch norm's vectors are fp32 beside bf16 images: the coarsest of the dtypes sets the tolerance.
