@@ -78,3 +78,18 @@ def test_other_architectures(arch):
     found = tool.resources(pick(recorded(torch.bfloat16), arch, "fprop", " 3x3 bfloat16 ").compile(arch))
     assert found.local == 0 and found.tensor_core in ("mma.sync", "tcgen05.mma") and found.asynchronous == "cp.async"
     assert found.shared <= tool._SHARED[arch]
+
+
+def test_the_table_knows_every_kernel():
+    """The tool that writes triton_resources.md still calls every launcher, and the page names every kernel."""
+    from pathlib import Path
+
+    with tool.recording() as (label, found):
+        tool.record_the_rest(label, torch.bfloat16)
+        tool.record_convolutions(label, torch.bfloat16)
+    recorded_names = {v.kernel.__name__ for v in found}
+    sources = "".join(p.read_text() for p in (Path(backend.__file__).parent).glob("*.py"))
+    kernels = set(re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources))
+    assert kernels and recorded_names == kernels
+    page = Path(tool.__file__).with_suffix(".md").read_text()
+    assert all(f"| {name} |" in page for name in kernels)
