@@ -76,6 +76,9 @@ def variant(label: str, kernel, args: tuple, meta: dict) -> Variant:
         elif isinstance(value, torch.Tensor):
             signature.append((name, _TYPES[value.dtype]))
             divisible.append(i)
+        elif hasattr(value, "block_shape"):
+            element = _TYPES[value.base.dtype].removeprefix("*")
+            signature.append((name, f"tensordesc<{element}{list(value.block_shape)}>"))
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
@@ -171,7 +174,7 @@ def record_convolutions(label: Callable, dtype: torch.dtype, tiles: str = "chose
                     wanted.setdefault(t, []).append(arch)
             for t, archs in wanted.items():
                 split = f"/{t.splits}" if t.splits > 1 else ""
-                where = " positions" if t.positions else ""
+                where = (" positions" if t.positions else "") + (" tma" if t.descriptors else "")
                 label(f"{op} {kind} {name} {t.rows}x{t.columns}x{t.chunk}{split} s{t.stages}{where}", tuple(archs))
                 run(t)
         if kind == "3x3":

@@ -32,7 +32,8 @@ _EXACT = 3e-5
 def name_of(tile: Tile) -> str:
     splits = f"/{tile.splits}" if tile.splits > 1 else ""
     order = " positions" if tile.positions else ""
-    return f"{tile.rows}x{tile.columns}x{tile.chunk}{splits} s{tile.stages}{order}"
+    tma = " tma" if tile.descriptors else ""
+    return f"{tile.rows}x{tile.columns}x{tile.chunk}{splits} s{tile.stages}{order}{tma}"
 
 
 def class_of(op: str, a: Problem, dtype: torch.dtype) -> str:
