@@ -15,6 +15,7 @@ import torch
 from . import _ext
 from ._version import __version__
 from .ops import backends
+from .ops.choice import store_of
 from .ops.keys import cpu_model
 
 
@@ -49,6 +50,8 @@ def info() -> str:
     lines += ["", "Backends:"]
     for name, state in backends().items():
         lines.append(f"  {name:<7} {'available    ' if state else 'not available'}  {state.reason}")
+    store = store_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lines += ["", f"Measurements: {len(store)} for this device and these versions in {store.path}"]
     return "\n".join(lines)
 
 

@@ -92,6 +92,39 @@ def test_measured_once_and_read_from_disk_by_the_next_process(measured):
     assert after.backend == choice.winner(after.ms) and after.call == measured[0]
 
 
+def test_a_later_run_takes_the_same_kernels_bit_for_bit(monkeypatch):
+    """A training run that measures, and one that finds its measurements on disk as a resumed run does."""
+
+    def train():
+        torch.manual_seed(1)
+        net = fastconv.fuse(
+            torch.nn.Sequential(
+                torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+                torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+            )
+        )  # fmt: skip
+        step = fastconv.TrainStep(net, fastconv.nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.1, 0.9))
+        losses = [step(torch.randn(8, 3, 12, 12), torch.randint(16, (8,))) for _ in range(4)]
+        return torch.stack([*losses, *(p.detach().double().sum().float() for p in net.parameters())])
+
+    winners = []
+
+    def pretend(op, names, run, tensors, settings, seconds=None):
+        winners.append("cpu" if len(winners) % 2 else "aten")
+        return measuring.Result({n: [1.0 if n == winners[-1] else 2.0] for n in names})
+
+    monkeypatch.setattr(choice, "measure", pretend)
+    first = train()
+    assert len(winners) >= 5, "the classes of this net: both backends took part"
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(choice, "measure", never)
+    choice.forget()  # as a new process
+    assert same_bits(train(), first)
+
+
 def test_what_makes_a_class(measured):
     x, w = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
     FF.conv2d_bias_act(x, w)
@@ -244,6 +277,38 @@ def test_never_measured_where_timing_would_disturb(state, measured):
     assert len(measured) == 1, "the next call in an ordinary state is measured"
     state(call)
     assert len(measured) == 1
+
+
+def test_waiting_for_a_measurement_is_cheap(measured):
+    """A model that always runs under activation checkpointing does not go the long way at every call."""
+    decided, real = [], choice._decide
+    x, w = image(4, 8, 6, 6, grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "_decide", lambda *args: decided.append(args[0]) or real(*args))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            for _ in range(3):
+                FF.conv2d_bias_act(x, w)
+        assert decided == ["conv2d_bias_act"] and measured == []
+        FF.conv2d_bias_act(x, w)
+        FF.conv2d_bias_act(x, w)
+        assert len(decided) == 2 and len(measured) == 1
+
+
+def test_a_measurement_that_fails_is_not_tried_again(monkeypatch, caplog):
+    tried = []
+
+    def fail(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(choice, "measure", fail)
+    call = net_call()
+    for _ in range(3):
+        call()
+    assert len(tried) == 1
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "conv2d_bias_act: measuring it failed: CUDA out of memory"
+    ]
 
 
 def test_a_capture_is_not_measured(monkeypatch):

@@ -58,6 +58,23 @@ def test_sm_90_convolution_is_pipelined_wgmma(op, dtype):
     assert tool.resources(compiled).local == 0, "spills"
 
 
+@pytest.mark.parametrize("op", ["fprop", "dgrad"])
+def test_sm_90_pointwise_convolution_is_pipelined_tma_and_wgmma(op):
+    with tool.recording() as (label, found):
+        tool.record_convolutions(label, torch.bfloat16, "all")
+    by_name = [v for v, archs in found.items() if v.kernel.__name__ == "conv_pointwise_kernel" and 90 in archs]
+    (variant, *_) = [v for v in by_name if v.label.startswith(op)]
+    compiled = variant.compile(90)
+    ptx, ir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16", ptx)
+    assert "cp.async.bulk.tensor.2d.shared" in ptx and "mbarrier.try_wait" in ptx
+    before, loop = ir[: ir.find("scf.for")], ir[ir.find("scf.for") :]
+    # Tiles of two chunks or more are on their way before the loop begins: both operands each.
+    assert before.count("async_tma_copy_global_to_local") >= 4
+    assert loop.count("async_tma_copy_global_to_local") == 2 and "ttng.warp_group_dot" in loop
+    assert tool.resources(compiled).local == 0
+
+
 def test_prologue_and_epilogue_do_not_spill():
     variants = recorded(torch.float16)
     for words in ("prologue", "residual"):
@@ -78,3 +95,18 @@ def test_other_architectures(arch):
     found = tool.resources(pick(recorded(torch.bfloat16), arch, "fprop", " 3x3 bfloat16 ").compile(arch))
     assert found.local == 0 and found.tensor_core in ("mma.sync", "tcgen05.mma") and found.asynchronous == "cp.async"
     assert found.shared <= tool._SHARED[arch]
+
+
+def test_the_table_knows_every_kernel():
+    """The tool that writes triton_resources.md still calls every launcher, and the page names every kernel."""
+    from pathlib import Path
+
+    with tool.recording() as (label, found):
+        tool.record_the_rest(label, torch.bfloat16)
+        tool.record_convolutions(label, torch.bfloat16, "all")
+    recorded_names = {v.kernel.__name__ for v in found}
+    sources = "".join(p.read_text() for p in (Path(backend.__file__).parent).glob("*.py"))
+    kernels = set(re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources))
+    assert kernels and recorded_names == kernels
+    page = Path(tool.__file__).with_suffix(".md").read_text()
+    assert all(f"| {name} |" in page for name in kernels)

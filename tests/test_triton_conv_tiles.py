@@ -102,6 +102,79 @@ def test_prologue_and_statistics(name, positions):
         y.float().cpu().var((0, 2, 3), correction=0) + 1e-5), "invstd", scale=1.0)  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [(5, 24, 3, 2, 40), (3, 64, 5, 5, 16), (1, 8, 1, 1, 136)])
+def test_pointwise_by_descriptors(shape, monkeypatch):
+    """The TMA kernel: forward with its whole epilogue and statistics, data gradient, and edges in every dimension."""
+    from fastconv.triton import batch_norm_stats, conv2d
+    from fastconv.triton.conv_config import Tile
+
+    n, c, h, w_, k = shape
+    dtype = torch.float16
+    x, w, r, g = (
+        image(*s, dtype, i) for i, s in enumerate(((n, c, h, w_), (k, c, 1, 1), (n, k, h, w_), (n, k, h, w_)))
+    )
+    a = conv2d.problem_of(x.shape, w.shape, (1, 1), (0, 0), (1, 1), 1, dtype)
+    tile = Tile(32, 32, 16, 2, 1, False, True)
+    launched, real = [], conv2d.launch
+
+    def note(kernel, *args, **meta):
+        launched.append(kernel)
+        real(kernel, *args, **meta)
+
+    monkeypatch.setattr(conv2d, "launch", note)
+    v = [torch.linspace(0.5, 1.5, k, device=DEVICE), torch.linspace(-1, 1, k, device=DEVICE)]
+    y, preact, dx = torch.full_like(g, torch.nan), torch.full_like(g, torch.nan), torch.full_like(x, torch.nan)
+    parts = batch_norm_stats.partials(conv2d.row_tiles(a, tile, a.p * a.q), k, x.device)
+    conv2d.fprop(
+        x, w, y, a, tile, scale=v[0], shift=v[1], residual=r, preact=preact, activation="silu", statistics=parts
+    )
+    conv2d.dgrad(g, w, dx, a, tile)
+    assert launched == [conv2d.conv_pointwise_kernel] * 2
+
+    def expected(x, w, r, g):
+        x = x.detach().cpu().requires_grad_()
+        z = F.conv2d(x, w.cpu())
+        (dx,) = torch.autograd.grad(z, x, g.cpu())
+        z = z * v[0].cpu().to(z.dtype).view(1, -1, 1, 1) + v[1].cpu().to(z.dtype).view(1, -1, 1, 1) + r.cpu()
+        return z.detach(), F.silu(z.detach()), dx
+
+    oracle, stock = expected(*(t.double() for t in (x, w, r, g))), expected(x, w, r, g)
+    for what, got, want, peer in zip(("preact", "output", "dx"), (preact, y, dx), oracle, stock, strict=True):
+        check(got, want, peer, what)
+    mean, _ = batch_norm_stats.finish_statistics(parts, n * h * w_, None, None, None, 0.1, 1e-5)
+    torch.testing.assert_close(mean.cpu(), y.float().cpu().mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_descriptors_give_way_where_they_do_not_fit(monkeypatch):
+    """A map that does not begin at 16 bytes, and a prologue, go to the gathering kernel and are right."""
+    from fastconv.triton import conv2d
+    from fastconv.triton.conv_config import Tile, fits_descriptors
+
+    x, w = image(3, 16, 4, 4, torch.float16), image(8, 16, 1, 1, torch.float16, 1)
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:]
+    odd = memory.view(3, 4, 4, 16).permute(0, 3, 1, 2).copy_(x)
+    a = conv2d.problem_of(x.shape, w.shape, (1, 1), (0, 0), (1, 1), 1, x.dtype)
+    plain, tma = Tile(32, 16, 16, 2), Tile(32, 16, 16, 2, 1, False, True)
+    vectors = (torch.ones(16, device=DEVICE), torch.ones(16, device=DEVICE), "relu")
+    for data, how in ((odd, {}), (x, {"prologue": vectors})):
+        results = [torch.full((3, 8, 4, 4), torch.nan, dtype=x.dtype, device=DEVICE) for _ in range(2)]
+        results = [t.contiguous(memory_format=torch.channels_last) for t in results]
+        for tile, y in zip((plain, tma), results, strict=True):
+            conv2d.fprop(data, w, y, a, tile, **how)
+        assert torch.equal(*results)
+    assert fits_descriptors("fprop", a, 227 * 1024) and not fits_descriptors("fprop", a, 163 * 1024)
+    assert not fits_descriptors("wgrad", a, 227 * 1024)
+    for shape, k, r, stride, groups, dtype in (
+        ((1, 12, 4, 4), 8, 1, 1, 1, torch.float16), ((1, 16, 4, 4), 8, 3, 1, 1, torch.float16),
+        ((1, 16, 4, 4), 8, 1, 2, 1, torch.float16), ((1, 16, 4, 4), 8, 1, 1, 2, torch.float16),
+        ((1, 16, 4, 4), 8, 1, 1, 1, torch.float32),
+    ):  # fmt: skip
+        b = conv2d.problem_of(
+            shape, (k, shape[1] // groups, r, r), (stride, stride), (r // 2,) * 2, (1, 1), groups, dtype
+        )
+        assert not fits_descriptors("fprop", b, 227 * 1024)
+
+
 def problems():
     from fastconv.triton.conv_config import Problem
 

@@ -76,6 +76,9 @@ def variant(label: str, kernel, args: tuple, meta: dict) -> Variant:
         elif isinstance(value, torch.Tensor):
             signature.append((name, _TYPES[value.dtype]))
             divisible.append(i)
+        elif hasattr(value, "block_shape"):
+            element = _TYPES[value.base.dtype].removeprefix("*")
+            signature.append((name, f"tensordesc<{element}{list(value.block_shape)}>"))
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
@@ -171,7 +174,7 @@ def record_convolutions(label: Callable, dtype: torch.dtype, tiles: str = "chose
                     wanted.setdefault(t, []).append(arch)
             for t, archs in wanted.items():
                 split = f"/{t.splits}" if t.splits > 1 else ""
-                where = " positions" if t.positions else ""
+                where = (" positions" if t.positions else "") + (" tma" if t.descriptors else "")
                 label(f"{op} {kind} {name} {t.rows}x{t.columns}x{t.chunk}{split} s{t.stages}{where}", tuple(archs))
                 run(t)
         if kind == "3x3":
@@ -219,13 +222,13 @@ def record_the_rest(label: Callable, dtype: torch.dtype) -> None:
     label(f"max pool 3x3 stride 2 {name}")
     window = ((3, 3), (2, 2), (1, 1))
     y, offsets = impl("max_pool2d")(x, *window, (1, 1), False, True)
-    impl("max_pool2d_backward")(y, offsets, (16, 16), *window, (1, 1))
+    impl("max_pool2d_backward")(y, offsets, (16, 16), *window, (1, 1), True)
     label(f"average pool 3x3 stride 2 {name}")
     y = impl("avg_pool2d")(x, *window, False, True, None)
-    impl("avg_pool2d_backward")(y, (16, 16), *window, False, True, None)
+    impl("avg_pool2d_backward")(y, (16, 16), *window, False, True, None, True)
     label(f"adaptive average pool {name}")
     y = impl("adaptive_avg_pool2d")(x, (1, 1))
-    impl("adaptive_avg_pool2d_backward")(y, (16, 16))
+    impl("adaptive_avg_pool2d_backward")(y, (16, 16), True)
     target = torch.empty(512, dtype=torch.int64, device="meta")
     for classes in (10, 1000, 50257):
         logits = torch.empty(512, classes, dtype=dtype, device="meta")

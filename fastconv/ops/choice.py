@@ -72,6 +72,8 @@ class Policy:
 
 # name given to use_backend -> key of a call -> backend
 _known: defaultdict[str, dict] = defaultdict(dict)
+# The same for calls that have to be measured and could not be yet: asked again, but only for the state they are in.
+_waiting: dict[tuple, str] = {}
 _stores: dict[str, Measurements] = {}  # by environment
 _measuring = threading.RLock()
 _thread = threading.local()
@@ -81,6 +83,7 @@ policy: Policy | None = None
 def forget() -> None:
     """Drops every decision and measurement of this process; the disk is read again at the next call."""
     _known.clear()
+    _waiting.clear()
     _stores.clear()
     conv_config.forget()
 
@@ -90,6 +93,7 @@ def set_policy(new: Policy | None) -> Policy | None:
     global policy
     before, policy = policy, new
     _known.clear()
+    _waiting.clear()
     conv_config.forget()
     return before
 
@@ -126,17 +130,23 @@ def select(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: 
     except (TypeError, RuntimeError):  # symbolic sizes, or a layout without strides
         key, found = None, None
     # Forward-mode AD is a state of Python alone: the signature does not see it.
-    if found is not None and torch.autograd.forward_ad._current_level < 0:
+    dual = torch.autograd.forward_ad._current_level >= 0
+    if found is not None and not dual:
         return found
+    explaining = getattr(_thread, "explaining", False)
+    if key is None or key[-1] is None or dual or explaining or policy is not None:
+        decision = _decide(op, tensors, settings, limit, run)
+        if explaining:
+            raise Explained(decision)
+        return decision.backend
+    waiting = _waiting.get(key) if registry._choice == "auto" else None
+    if waiting is not None and unsettled(tensors):
+        return waiting
     decision = _decide(op, tensors, settings, limit, run)
-    if getattr(_thread, "explaining", False):
-        raise Explained(decision)
-    known = _known[registry._choice]
-    remember = decision.settled and policy is None and torch.autograd.forward_ad._current_level < 0
-    if remember and key is not None and key[-1] is not None:
-        if len(known) >= _MOST_KNOWN:
-            known.clear()
-        known[key] = decision.backend
+    known = _known[registry._choice] if decision.settled else _waiting
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[key] = decision.backend
     return decision.backend
 
 
@@ -224,10 +234,11 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
         why = unsettled(tensors) if wanted else ""
         if wanted and not why and getattr(_thread, "explaining", False):
             why = "it is measured at its first use, which has not been yet"
+        settled = not wanted
         if wanted and not why:
             entry, why = _measured(op, call, names, run, tensors, settings)
+            settled = True
         if entry is None or not _covers(entry, names):
-            settled = not wanted
             backend = agreed(device, call, able[0], names) if settled else able[0]
             told = why or "this class of calls was not measured (python -m fastconv tune, or FASTCONV_TUNE=1)"
             return Decision(

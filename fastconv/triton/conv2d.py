@@ -11,14 +11,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import batch_norm_act as norm
 from .act_bias_backward import sum_partials
 from .batch_norm_stats import finish_statistics, partials
 from .bn_fold import fold_statistics
-from .common import INT32_ELEMENTS, WARPS, cdiv, empty_nhwc, format_of, launch, nhwc, not_asked, vector, write_back
+from .common import (
+    INT32_ELEMENTS,
+    WARPS,
+    cdiv,
+    empty_nhwc,
+    format_of,
+    launch,
+    nhwc,
+    not_asked,
+    rows_and_channels,
+    vector,
+    write_back,
+)
 from .conv_config import Problem, Tile, choose
 from .conv_gather import conv_gather_kernel
+from .conv_pointwise import conv_pointwise_kernel
 from .conv_wgrad import conv_wgrad_kernel
 from .depthwise import depthwise_dgrad, depthwise_fprop, depthwise_wgrad
 
@@ -52,6 +66,28 @@ def row_tiles(a: Problem, tile: Tile, places: int) -> int:
     return cdiv(a.n, tile.rows) * places if tile.positions else cdiv(a.n * places, tile.rows)
 
 
+def _pointwise(
+    x: Tensor, weight: Tensor, y: Tensor, tile: Tile, dgrad: bool, preact: Tensor | None = None,
+    residual: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    activation: str = "identity", statistics: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> bool:  # fmt: skip
+    """conv_pointwise_kernel on the matrices behind dense NHWC tensors; False where an address is not a descriptor's."""
+    if any(t.data_ptr() % 16 for t in (x, weight)) or x.numel() == 0:
+        return False
+    (rows, reduction), columns = rows_and_channels(x), y.size(1)
+    n, k, c = tile.rows, tile.columns, tile.chunk
+    a = TensorDescriptor(x, [rows, reduction], [reduction, 1], [n, c])
+    matrix = list(weight.shape[:2])
+    b = TensorDescriptor(weight, matrix, [matrix[1], 1], [c, k] if dgrad else [k, c])
+    launch(
+        conv_pointwise_kernel, (cdiv(rows, n) * cdiv(columns, k),),
+        y, a, b, preact, residual, scale, shift, *(statistics or (None, None, None)), rows, columns, reduction,
+        DGRAD=dgrad, WIDE=y.numel() > INT32_ELEMENTS, ACT=activation,
+        BLOCK_M=n, BLOCK_N=k, BLOCK_K=c, num_warps=WARPS, num_stages=tile.stages,
+    )  # fmt: skip
+    return True
+
+
 def fprop(
     x: Tensor, weight: Tensor, y: Tensor, a: Problem, tile: Tile, *, scale: Tensor | None = None,
     shift: Tensor | None = None, residual: Tensor | None = None, preact: Tensor | None = None,
@@ -63,6 +99,10 @@ def fprop(
     scale, shift: [K]. prologue: (scale [C], shift [C], activation) applied to x. statistics: partials with
     ``row_tiles(a, tile, p * q)`` parts, filled with those of y.
     """
+    if tile.descriptors and prologue is None:
+        epilogue = (preact, residual, scale, shift, activation, statistics)
+        if _pointwise(x, weight, y, tile, False, *epilogue):
+            return
     in_scale, in_shift, in_act = prologue or (None, None, "identity")
     taps = a.r * a.s
     launch(
@@ -77,6 +117,8 @@ def fprop(
 
 def dgrad(dy: Tensor, weight: Tensor, dx: Tensor, a: Problem, tile: Tile) -> None:
     """dx of dense NHWC tensors and a KRSC weight; every element is written."""
+    if tile.descriptors and _pointwise(dy, weight, dx, tile, True):
+        return
     taps = a.r * a.s
     places = cdiv(a.h, a.stride[0]) * cdiv(a.w, a.stride[1])
     rstep, sstep = _steps(a)

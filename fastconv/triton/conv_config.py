@@ -18,7 +18,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from . import interpreting
 from .common import cdiv, next_power_of_2
 
 MOST_CANDIDATES = 12
+_TWINS = 4
 FLAT_CHANNELS = 8  # up to here the taps are folded into the reduction: a tap's own chunk of 16 would be half empty
 # Estimates for one H100, not measured: the model needs ratios, and the device's own SMs and shared memory.
 _FLOPS_PER_SM = {2: 6.0e12, 4: 3.0e12}  # by bytes per element, dense; fp32 through TF32
@@ -87,6 +88,7 @@ class Tile:
     """rows x columns of the result per program, chunk of the reduction, pipeline stages, split of the reduction.
 
     positions: rows are the images of one output position (fprop, dgrad), so that taps outside the image cost nothing.
+    descriptors: operands come by TMA (conv_pointwise.py), where :func:`fits_descriptors` allows it.
     """
 
     rows: int
@@ -95,6 +97,16 @@ class Tile:
     stages: int
     splits: int = 1
     positions: bool = False
+    descriptors: bool = False
+
+
+def fits_descriptors(op: str, a: Problem, shared: int) -> bool:
+    """Whether both operands are matrices that a TMA descriptor can describe, on an architecture that has TMA.
+
+    The shared memory tells sm_90 and sm_100; sm_120 has TMA too, but no wgmma for it to feed.
+    """
+    matrix = a.pointwise and a.stride == (1, 1) and a.groups == 1 and a.itemsize == 2
+    return op != "wgrad" and matrix and a.c % 8 == 0 and a.k % 8 == 0 and shared >= 200 * 1024
 
 
 # (rows, columns, chunk, stages) for 2-byte elements; 4-byte ones take half the chunk. 128x128 is the largest whose fp32
@@ -239,7 +251,11 @@ def candidates(op: str, problem: Problem, sms: int = _SMS_DEFAULT, shared: int =
                 continue
             tile = Tile(*shape, _splits(op, problem, shape, sms), positions)
             found[tile] = _seconds(op, problem, tile, sms)
-    return tuple(sorted(found, key=found.__getitem__)[:MOST_CANDIDATES])
+    best = sorted(found, key=found.__getitem__)
+    if fits_descriptors(op, problem, shared):
+        # The model knows no difference: the twins of its first four stand behind them, for a tuner to find out.
+        best = best[:_TWINS] + [replace(t, descriptors=True) for t in best[:_TWINS]] + best[_TWINS:]
+    return tuple(best[:MOST_CANDIDATES])
 
 
 _chosen: dict[tuple, Tile] = {}

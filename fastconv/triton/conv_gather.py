@@ -22,7 +22,8 @@ Epilogue: v = acc * scale[k] + shift[k] + residual; preact <- v; y <- act(v). St
 channel of v as rounded to y's dtype, merged later (batch_norm_stats.py).
 Accumulation fp32; operands fp16, bf16, fp32 as TF32 or exact (PRECISION). 2*M*N*K FLOPs on live taps; bytes: every
 gathered element once per column tile and tap from L2, once from memory, plus the result.
-Not used: TMA. Its im2col mode is not reachable from Triton, and a tiled descriptor fits the 1x1 stride-1 case alone.
+Not used here: TMA. Its im2col mode is not reachable from Triton; the 1x1 stride-1 case, which a tiled descriptor fits,
+is conv_pointwise.py.
 """
 
 from __future__ import annotations
@@ -66,6 +67,33 @@ def _live(low, high, taps, SIZE, STEP: tl.constexpr):
         end = tl.where(high < 0, 0, high // (-STEP) + 1)
     end = tl.minimum(end, taps)
     return tl.minimum(first, end), end
+
+
+@triton.jit
+def write_result(
+    acc, at, channel, col_mask, live, pid_m, K, out_ptr, preact_ptr, residual_ptr, scale_ptr, shift_ptr, mean_ptr,
+    m2_ptr, count_ptr, ACT: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: acc [rows, columns] to the places ``at``; statistics of this row tile into their row ``pid_m``."""
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + channel, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + channel, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    mask = live[:, None] & col_mask[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if preact_ptr is not None:
+        tl.store(preact_ptr + at, acc.to(preact_ptr.dtype.element_ty), mask=mask)
+    y = act(acc, ACT).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, y, mask=mask)
+    if mean_ptr is not None:
+        count = tl.sum(live.to(tl.float32), axis=0)
+        v32 = y.to(tl.float32)
+        mean = tl.sum(tl.where(live[:, None], v32, 0.0), axis=0) / count
+        apart = tl.where(live[:, None], v32 - mean[None, :], 0.0)
+        tl.store(mean_ptr + pid_m * K + channel, mean, mask=col_mask)
+        tl.store(m2_ptr + pid_m * K + channel, tl.sum(apart * apart, axis=0), mask=col_mask)
+        tl.store(count_ptr + pid_m, count)
 
 
 @triton.jit
@@ -185,23 +213,8 @@ def conv_gather_kernel(
         i = i * SH + phase_h
         j = j * SW + phase_w
     channel = group * KG + cols
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + channel, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if shift_ptr is not None:
-        acc += tl.load(shift_ptr + channel, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     at = ((n_wide * OH + i) * OW + j)[:, None] * K + channel[None, :]
-    mask = live[:, None] & col_mask[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if preact_ptr is not None:
-        tl.store(preact_ptr + at, acc.to(preact_ptr.dtype.element_ty), mask=mask)
-    y = act(acc, ACT).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, y, mask=mask)
-    if mean_ptr is not None:
-        count = tl.sum(live.to(tl.float32), axis=0)
-        v32 = y.to(tl.float32)
-        mean = tl.sum(tl.where(live[:, None], v32, 0.0), axis=0) / count
-        apart = tl.where(live[:, None], v32 - mean[None, :], 0.0)
-        tl.store(mean_ptr + pid_m * K + channel, mean, mask=col_mask)
-        tl.store(m2_ptr + pid_m * K + channel, tl.sum(apart * apart, axis=0), mask=col_mask)
-        tl.store(count_ptr + pid_m, count)
+    write_result(
+        acc, at, channel, col_mask, live, pid_m, K, out_ptr, preact_ptr, residual_ptr, scale_ptr, shift_ptr, mean_ptr,
+        m2_ptr, count_ptr, ACT,
+    )  # fmt: skip

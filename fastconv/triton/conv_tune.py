@@ -32,7 +32,8 @@ _EXACT = 3e-5
 def name_of(tile: Tile) -> str:
     splits = f"/{tile.splits}" if tile.splits > 1 else ""
     order = " positions" if tile.positions else ""
-    return f"{tile.rows}x{tile.columns}x{tile.chunk}{splits} s{tile.stages}{order}"
+    tma = " tma" if tile.descriptors else ""
+    return f"{tile.rows}x{tile.columns}x{tile.chunk}{splits} s{tile.stages}{order}{tma}"
 
 
 def class_of(op: str, a: Problem, dtype: torch.dtype) -> str:
@@ -122,8 +123,18 @@ class _Trial:
 def tune(op: str, a: Problem, like: Tensor) -> Tile:
     """Measures all candidates of ``op`` ("fprop", "dgrad", "wgrad") in ``like``'s dtype and on its device, keeps the
     times and returns the fastest. Raises RuntimeError where none is right."""
-    from ..ops import choice
+    from ..ops import choice, measure
 
+    with measure.on(like.device):
+        entry = _times(op, a, like)
+    key = class_of(op, a, like.dtype)
+    choice.store_of(like.device).put(key, entry, replace=True)
+    if choice.policy is not None:
+        choice.policy.fresh.add(key)
+    return stored(op, a, like)
+
+
+def _times(op: str, a: Problem, like: Tensor) -> dict[str, dict]:
     began, trial = time.perf_counter(), _Trial(op, a, like)
     ms: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
@@ -140,9 +151,5 @@ def tune(op: str, a: Problem, like: Tensor) -> Tile:
             ms[name] = [round(trial.milliseconds(tile), 5)]
     if not ms:
         raise RuntimeError(f"conv2d {op}: no tile gives right numbers: {failed}")
-    entry = {"ms": ms, **({"failed": failed} if failed else {})}
-    choice.store_of(like.device).put(class_of(op, a, like.dtype), entry, replace=True)
-    if choice.policy is not None:
-        choice.policy.fresh.add(class_of(op, a, like.dtype))
     log.info("measured in %.2f s: %s: %s", time.perf_counter() - began, class_of(op, a, like.dtype), ms)
-    return stored(op, a, like)
+    return {"ms": ms, **({"failed": failed} if failed else {})}
