@@ -45,10 +45,16 @@ class Case:
     errors: dict[str, float] = field(default_factory=dict)
     count: int = 1  # how often the shape occurs in its network
 
-    def check(self, oracle: Tensor, result: Callable[[object], Tensor] = lambda out: out) -> None:
-        """Fills in `errors`; a competitor that is off by more than its dtype excuses is an error, not a row."""
+    def check(
+        self, oracle: Tensor, result: Callable[[object], Tensor] = lambda out: out, limit: float | None = None
+    ) -> None:
+        """Fills in `errors`; a competitor that is off by more than its dtype excuses is an error, not a row.
+
+        limit: of the error relative to the largest value; default: what one operation may lose in its dtype.
+        """
         scale = float(oracle.abs().max()) or 1.0
-        limit = 0.05 if self.dtype in ("bf16", "fp16") else 2e-3
+        if limit is None:
+            limit = 0.05 if self.dtype in ("bf16", "fp16") else 2e-3
         for name, run in self.competitors.items():
             error = float((result(run()).double() - oracle).abs().max()) / scale
             if not error <= limit:

@@ -1,0 +1,98 @@
+"""One inference of ResNet50 at 32 px (or another torchvision classifier).
+
+Peers: eager PyTorch in both layouts (converted to bf16 for bf16), torch.jit's frozen graph, and with --compile
+torch.compile with freezing (its compile time is printed apart). Ours: fuse(model) in evaluation mode, and
+fastconv.optimize_for_inference where this version has it. Outputs are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+import torchvision
+from harness import DTYPES, Bench, Case, arguments
+from shapes import convolutions
+
+import fastconv
+
+
+def without_gradients(model: Callable, x: torch.Tensor) -> Callable:
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def trained_enough(name: str, size: int) -> torch.nn.Module:
+    """Random weights, and running statistics that fit them: without these the activations of a deep net explode."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=10).train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(16, 3, size, size))
+    return model.eval()
+
+
+def competitors(model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
+    x = x.to(dtype)
+    last = x.contiguous(memory_format=torch.channels_last)
+
+    def own(nhwc: bool = True) -> torch.nn.Module:
+        twin = copy.deepcopy(model).to(dtype)
+        return twin.to(memory_format=torch.channels_last) if nhwc else twin
+
+    found = {"eager nchw": without_gradients(own(False), x), "eager nhwc": without_gradients(own(), last)}
+    with torch.no_grad():
+        frozen = torch.jit.freeze(torch.jit.trace(own(), last))
+    found["jit frozen nhwc"] = without_gradients(frozen, last)
+    if compiled:
+        from torch._inductor import config
+
+        config.freezing = True
+        run, begin = without_gradients(torch.compile(own()), last), time.perf_counter()
+        run()
+        print(f"torch.compile: {time.perf_counter() - begin:.1f} s for the first call", flush=True)
+        found["torch.compile frozen"] = run
+    found["fastconv fuse"] = without_gradients(fastconv.fuse(own(), inplace=True), last)
+    if hasattr(fastconv, "optimize_for_inference"):
+        planned = fastconv.optimize_for_inference(own(), last)
+        found["fastconv optimized"] = without_gradients(planned, last)
+    return found
+
+
+def main() -> None:
+    args = arguments(
+        __doc__.split("\n")[0],
+        model={"default": "resnet50"},
+        batch={"type": int, "nargs": "*"},
+        size={"type": int, "default": 32},
+        compile={"action": "store_true", "help": "torch.compile with freezing as a peer: about a minute of compiling"},
+    )
+    bench = Bench("inference", args.device, max(args.seconds, 4.0) if not args.quick else 1.0)
+    batches = args.batch or ([1] if args.quick else [1, 64] if args.device.type == "cpu" else [1, 64, 512])
+    model = trained_enough(args.model, args.size).to(args.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    for dtype in [d for d in args.dtype if d != "fp16"]:
+        for batch in batches:
+            convs = convolutions(args.model, batch, args.size)
+            flops = sum(conv.flops * count for conv, count in convs.items())
+            outputs = sum(conv.n * conv.p**2 * conv.k * count for conv, count in convs.items())
+            x = torch.randn(batch, 3, args.size, args.size, device=args.device)
+            found = competitors(model, x, DTYPES[dtype], args.compile)
+            case = Case(
+                args.model, f"{batch}x{args.size}px", dtype, flops, (2 * outputs + parameters) * DTYPES[dtype].itemsize,
+                found,
+            )  # fmt: skip
+            with torch.inference_mode():
+                oracle = copy.deepcopy(model).double()(x.double())
+            case.check(oracle, limit=2e-3 if dtype == "fp32" else 0.25)  # bf16: fifty layers' rounding
+            bench.run(case)
+            bench.save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""One training step of ResNet50 at 32 px (or another torchvision classifier): forward, loss, backward, SGD.
+
+Peers: eager PyTorch in both layouts with its fused optimizer, under autocast for bf16; with --compile also
+torch.compile (its compile time is printed apart), on a GPU eager PyTorch in a CUDA graph. Ours: fuse(model) with
+ordinary autograd and the same optimizer, and fastconv.TrainStep around it. Every competitor starts from the same
+weights, and their first losses are compared before anything is timed.
+
+FLOPs: three passes over the convolutions, taps over padding not counted. Least bytes: every convolution's output
+written and read forward, read again and its gradient written and read backward; weights and momentum read and written.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from harness import DTYPES, Bench, Case, arguments
+from shapes import convolutions
+
+import fastconv
+
+LR = 1e-4  # small: hundreds of steps on one batch must not run away
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, fused=True)
+
+
+def stepper(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, run=None) -> Callable:
+    optimizer, call = optimizer_of(model), run or model
+    half = None if dtype is torch.float32 else dtype
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, half, enabled=half is not None):
+            loss = F.cross_entropy(call(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def competitors(name: str, batch: int, size: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=10).to(device).train()
+    x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(0, 10, (batch,), device=device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    half = None if dtype is torch.float32 else dtype
+
+    def own(nhwc: bool = True) -> torch.nn.Module:
+        twin = copy.deepcopy(model)
+        return twin.to(memory_format=torch.channels_last) if nhwc else twin
+
+    found = {"eager nchw": stepper(own(False), x, y, dtype), "eager nhwc": stepper(own(), last, y, dtype)}
+    if device.type == "cuda":
+        stock = own()
+        graphed = fastconv.TrainStep(stock, F.cross_entropy, optimizer_of(stock), autocast_dtype=half)
+        found["eager nhwc, graph"] = lambda: graphed(last, y)
+    if compiled:
+        stock = own()
+        step, begin = stepper(stock, last, y, dtype, torch.compile(stock)), time.perf_counter()
+        step()
+        print(f"torch.compile: {time.perf_counter() - begin:.1f} s for the first step", flush=True)
+        found["torch.compile nhwc"] = step
+    found["fastconv fuse"] = stepper(fastconv.fuse(own(), inplace=True), last, y, dtype)
+    ours = fastconv.fuse(own(), inplace=True)
+    planned = fastconv.TrainStep(ours, F.cross_entropy, optimizer_of(ours), autocast_dtype=half)
+    found["fastconv TrainStep"] = lambda: planned(last, y)
+    return found
+
+
+def check_losses(found: dict[str, Callable], dtype: torch.dtype) -> None:
+    """The first loss of each, against the first competitor's. A whole net at its start multiplies rounding."""
+    losses = {name: float(step()) for name, step in found.items()}
+    first = next(iter(losses.values()))
+    limit = 1e-3 if dtype is torch.float32 else 0.3
+    for name, loss in losses.items():
+        if not abs(loss - first) <= limit * abs(first):
+            raise AssertionError(f"first loss of {name} is {loss}, of {next(iter(losses))} {first}")
+
+
+def main() -> None:
+    args = arguments(
+        __doc__.split("\n")[0],
+        model={"default": "resnet50"},
+        batch={"type": int, "nargs": "*"},
+        size={"type": int, "default": 32},
+        compile={"action": "store_true", "help": "torch.compile as a peer: minutes of compiling on a CPU"},
+    )
+    bench = Bench("train_step", args.device, max(args.seconds, 6.0) if not args.quick else 1.0)
+    batches = args.batch or ([4] if args.quick else [4, 64] if args.device.type == "cpu" else [4, 128, 512, 1024])
+    parameters = sum(p.numel() for p in torchvision.models.get_model(args.model, num_classes=10).parameters())
+    for dtype in [d for d in args.dtype if d != "fp16"]:
+        for batch in batches:
+            convs = convolutions(args.model, batch, args.size)
+            flops = 3 * sum(conv.flops * count for conv, count in convs.items())
+            outputs = sum(conv.n * conv.p**2 * conv.k * count for conv, count in convs.items())
+            found = competitors(args.model, batch, args.size, DTYPES[dtype], args.device, args.compile)
+            check_losses(found, DTYPES[dtype])
+            moved = 5 * outputs * DTYPES[dtype].itemsize + 16 * parameters
+            bench.run(Case(args.model, f"{batch}x{args.size}px", dtype, flops, moved, found))
+            bench.save(args.out)
+
+
+if __name__ == "__main__":
+    main()
