@@ -21,6 +21,13 @@ def pair(lowest, highest):
     return st.tuples(st.integers(lowest, highest), st.integers(lowest, highest))
 
 
+def reads_data_everywhere(size, kernel, stride, padding, dilation):
+    """Whether every output position of one axis has a filter tap on the input."""
+    last = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride
+    taps = range(0, dilation * kernel, dilation)
+    return all(any(0 <= p * stride - padding + t < size for t in taps) for p in range(last + 1))
+
+
 @st.composite
 def convolutions(draw):
     groups = draw(st.sampled_from((1, 1, 1, 2, 3)))
@@ -29,6 +36,10 @@ def convolutions(draw):
     dilation = tuple(d if k > 1 else 1 for d, k in zip(dilation, kernel, strict=True))
     h, w = draw(pair(1, 9))
     assume(all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip((h, w), padding, dilation, kernel, strict=True)))
+    # oneDNN 3.10 (channels_last) also crashes where a dilated filter reads padding alone at some position; ours does not
+    # (test_conv2d_bias_act.py), but stock has to run here to be compared with.
+    if max(dilation) > 1:
+        assume(all(map(reads_data_everywhere, (h, w), kernel, stride, padding, dilation)))
     return Conv(
         "random", draw(st.integers(1, 4)), groups * draw(st.integers(1, 9)), h, w, groups * draw(st.integers(1, 11)),
         kernel, stride, padding, dilation, groups, draw(st.sampled_from(LAYOUTS)), draw(st.booleans()), draw(st.booleans()),
