@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One call on a machine with a GPU: build for it, test on it, look for memory errors and races, measure, one table last.
 #
-#   bench/gpu.sh OUTDIR [PART...]      PART: info build test sanitize bench     (default: all, in this order)
+#   bench/gpu.sh OUTDIR [PART...]      PART: info build test sanitize tune bench     (default: all, in this order)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log; a part that fails is named in the table at the end
@@ -15,9 +15,11 @@ if [ $# -lt 1 ]; then
 fi
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
-[ $# -gt 0 ] || set -- info build test sanitize bench
+[ $# -gt 0 ] || set -- info build test sanitize tune bench
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 export PYTHONUNBUFFERED=1
+# tune measures into it, bench reads it: nothing that was measured before this run counts.
+export FASTCONV_CACHE_DIR=$out/measurements
 
 part_info() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
@@ -45,6 +47,11 @@ part_sanitize() {
   return $status
 }
 
+part_tune() {
+  timeout 300 "$PYTHON" -m fastconv tune --model resnet50 --batch-size 128 --image-size 32 --device cuda \
+    --output "$out/tune.md"
+}
+
 part_bench() {
   local precision batch status=0
   for precision in fp32 bf16; do
@@ -60,7 +67,7 @@ failed=0
 table=""
 for part in "$@"; do
   if ! declare -F "part_$part" >/dev/null; then
-    echo "bench/gpu.sh: no part named $part (info build test sanitize bench)" >&2
+    echo "bench/gpu.sh: no part named $part (info build test sanitize tune bench)" >&2
     exit 2
   fi
   start=$SECONDS

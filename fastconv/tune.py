@@ -161,9 +161,13 @@ def tune(
 
 def main(options) -> int:
     """``python -m fastconv tune``; ``options`` as fastconv/__main__.py parses them."""
-    import torchvision
-
+    try:
+        import torchvision
+    except ImportError as error:
+        raise SystemExit(f"tune: --model needs torchvision, which is not installed here ({error})") from None
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("tune: --device cuda expected a CUDA device, torch sees none")
     if not hasattr(torchvision.models, options.model):
         raise SystemExit(f"tune: --model expected a classifier of torchvision.models, got {options.model!r}")
     dtypes = options.dtype or (["bf16"] if device.type == "cuda" else ["fp32"])

@@ -508,6 +508,9 @@ def test_the_tune_command(tmp_path):
     assert {row.split("|")[4 + 1].strip() for row in rows} <= {"cpu", "aten"} and len(rows) > 20
     wrong = subprocess.run([sys.executable, *TUNE[:4], "resnet5000"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode != 0 and "resnet5000" in wrong.stderr and "Traceback" not in wrong.stderr
+    if not torch.cuda.is_available():
+        wrong = subprocess.run([sys.executable, *TUNE, "--device", "cuda"], capture_output=True, text=True, timeout=120)
+        assert wrong.returncode != 0 and "torch sees none" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 RANK = """
