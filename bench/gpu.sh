@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
 # One call on a machine with a GPU: build for it, test on it, look for memory errors and races, measure, one table last.
 #
-#   bench/gpu.sh OUTDIR [PART...]      PART: info build fragments test sanitize ops train     (default: all, in this order)
+#   bench/gpu.sh OUTDIR [PART...]      PART: info build fragments test sanitize tune ops train
+#                                      (default: all, in this order)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log; a part that fails is named in the table at the end
-# and makes the exit status 1, and the parts after it still run. Written for 16 cores and ten minutes.
+# and makes the exit status 1, and the parts after it still run. Written for 16 cores and two calls of ten minutes: up to
+# sanitize, and the rest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -lt 1 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
-[ $# -gt 0 ] || set -- info build fragments test sanitize ops train
+[ $# -gt 0 ] || set -- info build fragments test sanitize tune ops train
 [ -n "${PYTHON:-}" ] || PYTHON=$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)
 export PYTHONUNBUFFERED=1
+# tune measures into it, ops and train read it: nothing that was measured before this run counts.
+export FASTCONV_CACHE_DIR=$out/measurements
 
 part_info() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
@@ -48,9 +52,14 @@ part_sanitize() {
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$PYTHON" -m pytest -q -m sanitize tests || status=1
+      "$PYTHON" -m pytest -q -m sanitize -k "not simt" tests || status=1
   done
   return $status
+}
+
+part_tune() {
+  timeout 300 "$PYTHON" -m fastconv tune --model resnet50 --batch-size 128 --image-size 32 --device cuda \
+    --output "$out/tune.md"
 }
 
 # Every operator against its peers; the rows and pictures are kept, the table is printed last.
@@ -74,7 +83,7 @@ failed=0
 table=""
 for part in "$@"; do
   if ! declare -F "part_$part" >/dev/null; then
-    echo "bench/gpu.sh: no part named $part (info build fragments test sanitize ops train)" >&2
+    echo "bench/gpu.sh: no part named $part (info build fragments test sanitize tune ops train)" >&2
     exit 2
   fi
   start=$SECONDS

@@ -90,7 +90,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=128)
     parser.add_argument("--image-size", type=_positive, default=32)
     parser.add_argument("--classes", type=_positive, default=10)
-    parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda or cpu; default: cuda where there is one")
     parser.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, fp32 on cpu"
     )

@@ -134,36 +134,45 @@ def tune(
     """Measures the calls of one step of ``fuse(model)`` on ``input``: [N, C, H, W] images, ``classes`` logits.
 
     modes: "train" (forward, cross-entropy, backward) and "inference". dtypes: "fp32", "bf16", "fp16", the latter two
-    under autocast. progress(total) -> a callable for each measured class. The model's weights and statistics stay.
+    under autocast. progress(total) -> a callable for each measured class. The model's weights, statistics and gradients
+    stay, and so does the random state.
 
     Returns a :class:`Tuning`; what it measured is in the cache and counts from the next call on.
     """
     fused = fuse(model)
-    kept = {name: t.clone() for name, t in fused.state_dict().items()}
+    kept, training = {name: t.clone() for name, t in fused.state_dict().items()}, fused.training
+    grads = [(p, p.grad) for p in fused.parameters()]
+    fused.zero_grad(set_to_none=True)
     target = torch.arange(input.size(0), device=input.device) % classes
-    tuning, start, training = Tuning(), time.perf_counter(), fused.training
+    tuning, start = Tuning(), time.perf_counter()
     try:
-        with _policy(tuning, False, again, seconds):
-            _steps(fused, input, target, modes, dtypes)
-        store = choice.store_of(input.device)
-        missing = [
-            c for c, names in tuning.names.items() if again or not choice._covers(store.get(c) or {"ms": {}}, names)
-        ]
-        done = progress(len(missing)) if progress is not None else None
-        with _policy(tuning, True, again, seconds, done):
-            _steps(fused, input, target, modes, dtypes)
+        with torch.random.fork_rng([input.device] if input.is_cuda else []):
+            with _policy(tuning, False, again, seconds):
+                _steps(fused, input, target, modes, dtypes)
+            store = choice.store_of(input.device)
+            covered = {c: choice._covers(store.get(c) or {"ms": {}}, names) for c, names in tuning.names.items()}
+            missing = [c for c in covered if again or not covered[c]]
+            done = progress(len(missing)) if progress is not None else None
+            with _policy(tuning, True, again, seconds, done):
+                _steps(fused, input, target, modes, dtypes)
     finally:
         fused.train(training)
         fused.load_state_dict(kept)
+        for p, grad in grads:
+            p.grad = grad
     tuning.seconds = time.perf_counter() - start
     return tuning
 
 
 def main(options) -> int:
     """``python -m fastconv tune``; ``options`` as fastconv/__main__.py parses them."""
-    import torchvision
-
+    try:
+        import torchvision
+    except ImportError as error:
+        raise SystemExit(f"tune: --model needs torchvision, which is not installed here ({error})") from None
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("tune: --device cuda expected a CUDA device, torch sees none")
     if not hasattr(torchvision.models, options.model):
         raise SystemExit(f"tune: --model expected a classifier of torchvision.models, got {options.model!r}")
     dtypes = options.dtype or (["bf16"] if device.type == "cuda" else ["fp32"])

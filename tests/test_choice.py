@@ -474,6 +474,27 @@ def test_the_measuring_context(measured, monkeypatch):
     assert len(measured) == 2 and len(tuning.results) == 1
 
 
+def test_tuning_a_model_leaves_it_as_it_was(measured):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(), torch.nn.Linear(72, 5),
+    ).eval()  # fmt: skip
+    model[6].bias.grad = torch.ones(5)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state, totals = torch.get_rng_state(), []
+    tuning = fastconv.tune.tune(
+        model, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 5, dtypes=("fp32", "bf16"), seconds=0.0,
+        progress=lambda total: totals.append(total) or (lambda: totals.append(1)),
+    )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+    assert all(same_bits(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(model[6].bias.grad, torch.ones(5)) and model[0].weight.grad is None
+    assert totals == [len(measured), *[1] * len(measured)] and len(tuning.results) == len(measured) == 9
+    assert (
+        sum(tuning.calls.values()) == 2 * (2 + 2) + 2
+    )  # conv+bn+relu and pool, in two modes and dtypes; the loss twice
+
+
 def test_the_choice_costs_less_than_2_microseconds():
     """Four tensors, a cached decision: what a call pays for "auto". Other programs can only add to the least time."""
     x, w, b, r = image(4, 8, 6, 6), torch.randn(8, 8, 3, 3), torch.randn(8), image(4, 8, 6, 6)
@@ -508,6 +529,9 @@ def test_the_tune_command(tmp_path):
     assert {row.split("|")[4 + 1].strip() for row in rows} <= {"cpu", "aten"} and len(rows) > 20
     wrong = subprocess.run([sys.executable, *TUNE[:4], "resnet5000"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode != 0 and "resnet5000" in wrong.stderr and "Traceback" not in wrong.stderr
+    if not torch.cuda.is_available():
+        wrong = subprocess.run([sys.executable, *TUNE, "--device", "cuda"], capture_output=True, text=True, timeout=120)
+        assert wrong.returncode != 0 and "torch sees none" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 RANK = """

@@ -35,6 +35,16 @@ def test_what_is_put_is_found_again(tmp_path):
     assert Measurements(tmp_path / "new" / "folder", "another version or device").get("a") is None
 
 
+def test_other_users_may_read(tmp_path):
+    """The file has the mode that the umask gives, as any other file of the folder."""
+    before = os.umask(0o022)
+    try:
+        Measurements(tmp_path, "here").put("a", ENTRY)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "measurements.json").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_first_writer_wins_and_the_other_hears_of_it(tmp_path):
     one, two = Measurements(tmp_path, "here"), Measurements(tmp_path, "here")
     one.put("a", ENTRY)
@@ -146,7 +156,7 @@ def test_a_read_only_folder_is_still_read(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "read-only file system")
 
-    monkeypatch.setattr(cache.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(Measurements, "_write", refuse)
     store = Measurements(tmp_path, "here")
     assert store.get("a") == ENTRY
     assert store.put("b", ENTRY) == ENTRY and store.get("b") == ENTRY and store.get("a") == ENTRY

@@ -29,7 +29,7 @@ def problem(dtype=torch.float32, n=3, c=16, k=24, size=4, taps=3):
     return x, conv2d.problem_of(x.shape, (k, c, taps, taps), (1, 1), (taps // 2,) * 2, (1, 1), 1, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "taps"), [(torch.float32, 3), (torch.float16, 3), (torch.float16, 1)])
+@pytest.mark.parametrize(("dtype", "taps"), [(torch.float32, 3), (torch.float16, 1)])
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
 def test_every_candidate_is_right_and_timed(op, dtype, taps):
     from fastconv.triton import conv_config, conv_tune

@@ -19,7 +19,6 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,9 +145,9 @@ class Measurements:
         return {}
 
     def _write(self, data: dict) -> None:
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=_NAME, suffix=".tmp")
+        name = self.path.with_name(f"{_NAME}.{os.getpid()}.tmp")  # of one writer: the lock is held
         try:
-            with open(descriptor, "w") as file:
+            with open(name, "w") as file:
                 json.dump(data, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
