@@ -50,7 +50,13 @@ def tsan() -> int:
             "-DFASTCONV_SIMT",
             "-DFASTCONV_SIMT_DTYPES=4",
         ]
-        command += [f"-I{simt_lib.KERNELS}", f"-I{HERE}", f"-isystem{simt_lib.cuda_include()}", str(HERE / "race.cpp")]
+        command += [
+            f"-I{simt_lib.KERNELS}",
+            f"-I{simt_lib.LAUNCH}",
+            f"-I{HERE}",
+            f"-isystem{simt_lib.cuda_include()}",
+            str(HERE / "race.cpp"),
+        ]
         subprocess.run([*command, "-o", str(program)], check=True)
         env = dict(os.environ, TSAN_OPTIONS="halt_on_error=1:exitcode=66:report_thread_leaks=0")
         clean = subprocess.run([str(program)], env=env)

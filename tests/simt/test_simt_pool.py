@@ -186,6 +186,14 @@ def test_adaptive_avg_pool(sizes, dtype):
 def test_bad_calls_are_refused():
     x = torch.zeros(1, 1, 20, 20)
     with pytest.raises(RuntimeError, match="at most 256"):
-        pool("max", x, (1, 1, 1, 1), image=(20, 20), out_map=(1, 1), kernel=(20, 20))
+        pool(
+            "max",
+            x,
+            (1, 1, 1, 1),
+            image=(20, 20),
+            out_map=(1, 1),
+            kernel=(20, 20),
+            offsets=torch.zeros(1, dtype=torch.uint8),
+        )
     with pytest.raises(RuntimeError, match="needs the offsets"):
         pool("max", x, (1, 1, 20, 20), image=(20, 20), out_map=(20, 20), backward=True)
