@@ -36,11 +36,11 @@ def peers(path: Path, rows: list[dict]) -> None:
     _save(figure, path)
 
 
-def roofline(path: Path, rows: list[dict], rates: dict) -> None:
-    """Operations that multiply: reached TFLOP/s over FLOPs per byte, with the machine's two limits."""
+def roofline(path: Path, rows: list[dict], rates: dict) -> bool:
+    """Operations that multiply: reached TFLOP/s over FLOPs per byte, with the machine's two limits. False: no data."""
     rows = [r for r in rows if r["tflops"] > 0 and r["gb_s"] > 0]
     if not rows:
-        return
+        return False
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     names = list(dict.fromkeys(r["competitor"] for r in rows))
     for name in names:
@@ -60,6 +60,7 @@ def roofline(path: Path, rows: list[dict], rates: dict) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7, ncols=2)
     _save(figure, path)
+    return True
 
 
 def steps(path: Path, rows: list[dict], title: str) -> bool:

@@ -71,8 +71,10 @@ def _operators(subjects: dict) -> str:
 def _pictures(out: Path, subjects: dict) -> str:
     rows = [r for d in subjects.values() for r in d["rows"]]
     draw.peers(out / "peers.png", rows)
-    draw.roofline(out / "roofline.png", rows, next(iter(subjects.values()))["environment"]["rates"])
-    return "![Speed against the best peer](peers.png)\n\n![Roofline](roofline.png)\n"
+    text = "![Speed against the best peer](peers.png)\n"
+    if draw.roofline(out / "roofline.png", rows, next(iter(subjects.values()))["environment"]["rates"]):
+        text += "\n![Roofline](roofline.png)\n"
+    return text
 
 
 def _steps(rows: list[dict]) -> str:
