@@ -108,7 +108,9 @@ def cuda_archs(torch) -> str:
         return named
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return ";".join(f"{a}.{b}{'a' if a == 9 else ''}" for a, b in sorted(found))
+        found = {capability for capability in found if capability >= (8, 0)}  # the kernels need mma.sync with bf16
+        if found:
+            return ";".join(f"{a}.{b}{'a' if a == 9 else ''}" for a, b in sorted(found))
     return DEFAULT_ARCHS
 
 

@@ -30,7 +30,7 @@ part_info() {
 }
 
 part_build() {
-  FASTCONV_CUDA=${FASTCONV_CUDA:-} "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps -e . &&
+  FASTCONV_CUDA=${FASTCONV_CUDA:-1} "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps -e . &&
     "$PYTHON" -m fastconv info
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fastconv import __main__ as program
@@ -42,7 +44,7 @@ def test_every_operator_has_its_kernels_for_every_architecture():
     wanted |= {"avg_pool_kernel", "cross_entropy_kernel", "cross_entropy_backward_kernel"}
     assert wanted <= names
     archs = {k.arch for k in found}
-    assert len(archs) == len(_ext.build_info()["archs"].split(";"))
+    assert len(archs) == len(re.split(r"[;\s]+", _ext.build_info()["archs"]))
     for name in {k.name for k in found}:
         assert {k.arch for k in found if k.name == name} == archs
 

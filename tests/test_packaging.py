@@ -116,6 +116,9 @@ def test_architectures(setup_py, toolkit, monkeypatch):
     assert setup_py.cuda_archs(_torch()) == "8.0;9.0a;10.0;12.0"
     assert setup_py.cuda_archs(_torch(capabilities=[(9, 0)])) == "9.0a"
     assert setup_py.cuda_archs(_torch(capabilities=[(8, 6), (8, 0), (8, 6)])) == "8.0;8.6"
+    # older GPUs cannot run the kernels, and must not stop their machine from installing the rest
+    assert setup_py.cuda_archs(_torch(capabilities=[(7, 5), (8, 6)])) == "8.6"
+    assert setup_py.cuda_archs(_torch(capabilities=[(7, 0)])) == "8.0;9.0a;10.0;12.0"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
     assert setup_py.cuda_archs(_torch(capabilities=[(9, 0)])) == "7.5"
 

@@ -73,6 +73,10 @@ def _ask(name: str) -> Availability:
         return Availability(False, f"built without CUDA kernels: {built['cuda_reason']}")
     if not torch.cuda.is_available():
         return Availability(False, "compiled in, but torch sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return Availability(False, f"compute capability 8.0 or higher is needed, {name} has {major}.{minor}")
     return Availability(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
 
 

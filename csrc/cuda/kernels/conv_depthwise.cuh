@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(DepthwiseP
         }
         if (static_cast<unsigned>(iw) >= static_cast<unsigned>(in_w)) continue;
         float x[N];
-        load_floats<N>(x, image + (ih * in_w + iw) * g.c);
+        load_floats<N>(x, image + (static_cast<int64_t>(ih) * in_w + iw) * g.c);
         if (!Dgrad && p.prologue.scale) {
 #pragma unroll
           for (int j = 0; j < N; ++j) x[j] = x[j] * p.prologue.scale[c + j] + p.prologue.shift[c + j];
