@@ -167,7 +167,7 @@ def extension():
         include_dirs=include,
         define_macros=macros,
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", "-Wl,--build-id=sha1"],  # csrc/build_id.h reads it
     )
     return [ext], {"build_ext": BuildExtension}
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "build_id.h"
 #include "cpu/isa.h"
 #include "schemas.h"
 #include "signature.h"
@@ -53,6 +54,7 @@ std::map<std::string, std::string> build_info() {
   const std::string compiler = "gcc " __VERSION__;
 #endif
   return {
+      {"build_id", fastconv::build_id()},
       {"compiler", compiler},
       {"torch", TORCH_VERSION},
       {"cuda", cuda_version()},

@@ -8,11 +8,9 @@ gradient, and the settings. Shapes are exact but for the batch (rounded up to a 
 from __future__ import annotations
 
 import functools
-import hashlib
 import platform
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -114,10 +112,10 @@ def cpu_model() -> str:
 
 @functools.cache
 def _software() -> str:
-    """Versions, and a digest of the extension: kernels built from other sources have other times."""
+    """Versions, and the extension's build: kernels built from other sources have other times."""
     parts = [f"fastconv {__version__}", f"torch {torch.__version__}"]
     if _ext.HAS_EXT:
-        parts.append(f"extension {hashlib.blake2b(Path(_ext.MODULE.__file__).read_bytes(), digest_size=6).hexdigest()}")
+        parts.append(f"extension {_ext.build_info()['build_id'][:12]}")
     return ", ".join(parts)
 
 
