@@ -109,9 +109,7 @@ struct FixedWindows {
 FixedWindows fixed_windows(const char* op, at::IntArrayRef sizes, at::IntArrayRef kernel, at::IntArrayRef stride,
                            at::IntArrayRef pad, bool ceil_mode, bool count_include_pad,
                            std::optional<int64_t> divisor_override) {
-  TORCH_CHECK(divisor_override.value_or(1) != 0, op, ": divisor must be not zero");
-  const int64_t ones[2] = {1, 1};
-  const PoolParams a = pool_params(op, sizes, kernel, stride, pad, ones, ceil_mode);
+  const PoolParams a = avg_pool_params(op, sizes, kernel, stride, pad, ceil_mode, divisor_override);
   FixedWindows f{a, fixed_axis(a.h, a.p, a.r, a.stride_h, a.pad_h, count_include_pad),
                  fixed_axis(a.w, a.q, a.s, a.stride_w, a.pad_w, count_include_pad)};
   if (divisor_override.has_value()) {
@@ -147,13 +145,6 @@ at::Tensor avg_pool2d_backward_op(const at::Tensor& grad_output, at::IntArrayRef
       fixed_windows(op, sizes, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   check_sizes(op, "grad_output", grad_output, {f.params.n, f.params.c, f.params.p, f.params.q});
   return backward(op, grad_output, windows(f.params.n, f.params.c, f.h, f.w), channels_last);
-}
-
-void check_positions(const char* op, at::IntArrayRef channels_and_positions) {
-  for (int64_t size : channels_and_positions) {
-    TORCH_CHECK(size > 0, op, ": Expected input to have non-zero size for non-batch dimensions, but input has size ",
-                channels_and_positions, " there");
-  }
 }
 
 at::Tensor adaptive_avg_pool2d_op(const at::Tensor& input, at::IntArrayRef output_size) {

@@ -77,10 +77,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
                                                    std::array<bool, 2> output_mask) {
   constexpr const char* op = "conv2d_backward";
   const PlainDispatch guard;
-  const ConvParams p = conv_params(op, input, weight, {}, stride, padding, dilation, groups);
-  check_device(op, "grad_output", grad_output, input);
-  check_dtype(op, "grad_output", grad_output, input.scalar_type());
-  check_sizes(op, "grad_output", grad_output, {p.n, p.k, p.p, p.q});
+  const ConvParams p = conv_backward_params(op, grad_output, input, weight, stride, padding, dilation, groups);
   auto [dx, dw] = conv_backward(p, grad_output, input, weight, output_mask);
   return {output_mask[0] ? dx : no_tensor(input.options()), output_mask[1] ? dw : no_tensor(weight.options())};
 }

@@ -22,32 +22,24 @@ constexpr int64_t kChunk =
 
 // Everything that forward and backward share: arguments checked and brought into one of the two layouts.
 struct Problem {
+  LossTarget checked;
   CrossEntropyParams params;
-  bool rows;  // layout, see params.h
-  bool probabilities;
+  bool rows;                            // layout, see params.h
   at::Tensor x, target, probs, weight;  // target int64 or undefined; probs, weight in the accumulate type
-  std::vector<int64_t> position_sizes;  // [N, d..]
 
   int64_t positions() const { return params.n * params.d; }
 };
 
 Problem make_problem(const char* op, const at::Tensor& input, const at::Tensor& target, const OptTensor& weight,
                      int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  const LossTarget checked = check_cross_entropy(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  Problem p{};
+  p.checked = check_cross_entropy(op, input, target, weight, reduction, ignore_index, label_smoothing);
   const int64_t classes = input.size(1);
-  Problem p;
-  p.position_sizes = checked.position_sizes;
-  p.probabilities = checked.probabilities;
-  int64_t d = 1;
-  for (int64_t i = 2; i < input.dim(); ++i) d *= input.size(i);
-  p.params = {input.size(0), classes, d, ignore_index, label_smoothing};
-  p.rows = classes_last(input);
-  const auto arrange = [&](const at::Tensor& t) {
-    return p.rows ? channels_last_view(t).contiguous() : t.contiguous();
-  };
-  p.x = arrange(input);
-  if (p.probabilities) {
-    p.probs = arrange(target.to(acc_type(input.scalar_type())));
+  p.params = {input.size(0), classes, p.checked.d, ignore_index, label_smoothing};
+  p.rows = classes_last(input, p.checked.d);
+  p.x = arrange_classes(input, p.rows);
+  if (p.checked.probabilities) {
+    p.probs = arrange_classes(target.to(acc_type(input.scalar_type())), p.rows);
   } else {
     p.target = target.to(at::kLong).contiguous();
   }
@@ -58,8 +50,8 @@ Problem make_problem(const char* op, const at::Tensor& input, const at::Tensor& 
 template <class T>
 CrossEntropyArgs<T> make_args(const Problem& p) {
   using A = acc_t<T>;
-  CrossEntropyArgs<T> a{const_data<T>(p.x), p.probabilities ? nullptr : const_data<int64_t>(p.target),
-                        p.probabilities ? const_data<A>(p.probs) : nullptr, const_data<A>(p.weight), A(0)};
+  CrossEntropyArgs<T> a{const_data<T>(p.x), p.checked.probabilities ? nullptr : const_data<int64_t>(p.target),
+                        p.checked.probabilities ? const_data<A>(p.probs) : nullptr, const_data<A>(p.weight), A(0)};
   double sum = 0;
   for (int64_t j = 0; j < p.params.c; ++j) sum += a.weight[j];
   a.weight_sum = A(sum);
@@ -73,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(const at::Tensor
   const PlainDispatch guard;
   const Problem p = make_problem(op, input, target, weight, reduction, ignore_index, label_smoothing);
   const int64_t positions = p.positions();
-  const at::Tensor lse = at::empty(p.position_sizes, acc_options(input));
-  const at::Tensor losses = at::empty(p.position_sizes, acc_options(input));
+  const at::Tensor lse = at::empty(p.checked.position_sizes, acc_options(input));
+  const at::Tensor losses = at::empty(p.checked.position_sizes, acc_options(input));
   const at::Tensor normalizer = at::empty({}, acc_options(input)), total = at::empty({}, acc_options(input));
   dispatch_float(op, input.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -97,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_op(const at::Tensor
     }
     double loss = 0, kept = 0;
     for (const auto& s : sums) loss += s[0], kept += s[1];
-    if (p.probabilities) kept = static_cast<double>(positions);
+    if (p.checked.probabilities) kept = static_cast<double>(positions);
     *data<A>(normalizer) = A(kept);
     *data<A>(total) = A(reduction == kMean ? loss / kept : loss);  // no kept target: 0 / 0, PyTorch's nan
   });
@@ -113,8 +105,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_backward_op(const at::Tensor& g
   const PlainDispatch guard;
   const Problem p = make_problem(op, input, target, weight, reduction, ignore_index, label_smoothing);
   const at::ScalarType acc = acc_type(input.scalar_type());
-  check_cross_entropy_backward(op, grad_loss, input, lse, normalizer, reduction, {p.position_sizes, p.probabilities},
-                               output_mask);
+  check_cross_entropy_backward(op, grad_loss, input, lse, normalizer, reduction, p.checked, output_mask);
   const at::Tensor dx = output_mask[0] ? at::empty_like(p.x) : no_tensor(input.options());
   const at::Tensor dprobs = output_mask[1] ? at::empty_like(p.probs) : at::Tensor();
   const at::Tensor g = grad_loss.to(acc).contiguous(), sums = lse.contiguous();

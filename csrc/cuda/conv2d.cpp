@@ -73,11 +73,10 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
   ConvCall call = make_call(op, shape, x, depthwise ? kDepthwiseFprop : kFprop);
   call.a = raw(x), call.b = raw(w), call.out = raw(out);
   call.scale = const_data<float>(epilogue.scale), call.shift = const_data<float>(epilogue.shift);
-  at::Tensor bias = epilogue.bias.defined() ? epilogue.bias.contiguous() : at::Tensor();
-  if (bias.defined() && bias.scalar_type() != x.scalar_type() && call.shift == nullptr) {
-    call.shift = const_data<float>(bias);  // an fp32 bias beside 16-bit tensors is a shift
-  } else if (bias.defined()) {
-    bias = bias.to(x.scalar_type());
+  const at::Tensor bias = epilogue.bias.defined() ? epilogue.bias.contiguous() : at::Tensor();
+  if (bias.defined() && bias.scalar_type() != x.scalar_type()) {
+    call.shift = const_data<float>(bias);  // an fp32 bias beside 16-bit tensors is a shift; there is no other then
+  } else {
     call.bias = raw(bias);
   }
   call.residual = raw(epilogue.residual), call.preact = raw(epilogue.pre);
@@ -124,10 +123,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
                                                    std::array<bool, 2> output_mask) {
   constexpr const char* op = "conv2d_backward";
   const PlainDispatch guard;
-  const ConvParams p = conv_params(op, input, weight, {}, stride, padding, dilation, groups);
-  check_device(op, "grad_output", grad_output, input);
-  check_dtype(op, "grad_output", grad_output, input.scalar_type());
-  check_sizes(op, "grad_output", grad_output, {p.n, p.k, p.p, p.q});
+  const ConvParams p = conv_backward_params(op, grad_output, input, weight, stride, padding, dilation, groups);
   const ConvShape shape = conv_shape(op, p);
   dtype_number(op, input);
   const auto format_x = input.suggest_memory_format(), format_w = weight.suggest_memory_format();

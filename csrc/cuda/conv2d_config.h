@@ -17,12 +17,6 @@ struct ConvChoice {
   int tile, splits;
 };
 
-struct TileModel {
-  int bm, bn;
-};
-// The tables of kernels/conv_launch.cuh (launch_conv.cuh compares them).
-constexpr TileModel kGemmTiles[] = {{16, 64}, {32, 64}, {64, 64}, {128, 64}, {128, 128}, {256, 64}};
-constexpr TileModel kWgradTileModels[] = {{64, 64}, {128, 128}};
 constexpr int64_t kMaxSplitBytes = 64 << 20;  // of fp32 partial sums: more would leave L2 and cost what it saves
 
 // Taps of one axis that touch data, averaged over the output positions.
@@ -63,8 +57,8 @@ inline GemmView gemm_view(const ConvShape& g, ConvKind kind) {
 // wanted from the epilogue, which split sums cannot give.
 inline ConvChoice choose_conv(const ConvShape& g, ConvKind kind, int element, int multiprocessors, bool stats) {
   const GemmView v = gemm_view(g, kind);
-  const TileModel* tiles = kind == kWgrad ? kWgradTileModels : kGemmTiles;
-  const int count = kind == kWgrad ? 2 : 6;
+  const ConvTileSize* tiles = kind == kWgrad ? kWgradTiles : kConvTiles;
+  const int count = kind == kWgrad ? kWgradTileCount : kConvTileCount;
   ConvChoice best{0, 1};
   double best_cost = 0;
   for (int t = 0; t < count; ++t) {

@@ -23,15 +23,12 @@ struct Problem {
   Problem(const char* op, const at::Tensor& input, const at::Tensor& target_in, const OptTensor& weight_in,
           int64_t reduction, int64_t ignore_index, double label_smoothing)
       : checked(check_cross_entropy(op, input, target_in, weight_in, reduction, ignore_index, label_smoothing)),
-        rows(classes_last(input)) {
+        rows(classes_last(input, checked.d)) {
     dtype_number(op, input);
-    const auto arrange = [&](const at::Tensor& t) {
-      return rows ? channels_last_view(t).contiguous() : t.contiguous();
-    };
-    x = arrange(input);
+    x = arrange_classes(input, rows);
     if (checked.probabilities) {
       // One dtype for both: fp32 where they differ, so that fp32 probabilities beside 16-bit logits lose nothing.
-      probs = arrange(target_in);
+      probs = arrange_classes(target_in, rows);
       if (probs.scalar_type() != x.scalar_type()) x = x.to(at::kFloat), probs = probs.to(at::kFloat);
       call.probabilities = raw(probs);
     } else {
@@ -39,9 +36,7 @@ struct Problem {
       (target.scalar_type() == at::kByte ? call.target_u8 : call.target) = raw(target);
     }
     if (given(weight_in)) weight = weight_in->to(at::kFloat).contiguous();
-    const int64_t classes = input.size(1);
-    int64_t d = 1;
-    for (int64_t i = 2; i < input.dim(); ++i) d *= input.size(i);
+    const int64_t classes = input.size(1), d = checked.d;
     call.input = raw(x);
     call.weight = const_data<float>(weight);
     call.rows = input.size(0) * d;

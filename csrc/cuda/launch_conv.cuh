@@ -3,21 +3,10 @@
 #pragma once
 
 #include "api.h"
-#include "conv2d_config.h"
 #include "kernels/conv_depthwise.cuh"
 #include "kernels/conv_launch.cuh"
 
 namespace fastconv {
-
-constexpr bool same_tiles() {
-  for (int i = 0; i < kConvTileCount; ++i)
-    if (kConvTiles[i].bm != cuda::kGemmTiles[i].bm || kConvTiles[i].bn != cuda::kGemmTiles[i].bn) return false;
-  for (int i = 0; i < kWgradTileCount; ++i)
-    if (kWgradTiles[i].bm != cuda::kWgradTileModels[i].bm || kWgradTiles[i].bn != cuda::kWgradTileModels[i].bn)
-      return false;
-  return true;
-}
-static_assert(same_tiles(), "the tile choice of conv2d_config.h knows the kernels' tiles");
 
 template <class T>
 ConvProblem<T> conv_problem(const ConvCall& c) {

@@ -68,9 +68,7 @@ at::Tensor max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& 
 PoolShape average_shape(const char* op, at::IntArrayRef sizes, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                         at::IntArrayRef padding, bool ceil_mode, bool count_include_pad,
                         std::optional<int64_t> divisor_override) {
-  TORCH_CHECK(divisor_override.value_or(1) != 0, op, ": divisor must be not zero");
-  const int64_t ones[2] = {1, 1};
-  PoolShape g = pool_shape(op, pool_params(op, sizes, kernel_size, stride, padding, ones, ceil_mode));
+  PoolShape g = pool_shape(op, avg_pool_params(op, sizes, kernel_size, stride, padding, ceil_mode, divisor_override));
   g.count_include_pad = count_include_pad;
   g.divisor_override = to_int(op, "divisor_override", divisor_override.value_or(0));
   return g;
@@ -101,14 +99,6 @@ at::Tensor avg_pool2d_backward(const at::Tensor& grad_output, at::IntArrayRef in
       average_shape(op, sizes, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   check_sizes(op, "grad_output", grad_output, {g.n, g.c, g.p, g.q});
   return run(op, PoolKind::kAvg, true, grad_output, sizes, memory_format(channels_last), {}, g);
-}
-
-// The same text as the CPU's: PyTorch's.
-void check_positions(const char* op, at::IntArrayRef channels_and_positions) {
-  for (int64_t size : channels_and_positions) {
-    TORCH_CHECK(size > 0, op, ": Expected input to have non-zero size for non-batch dimensions, but input has size ",
-                channels_and_positions, " there");
-  }
 }
 
 PoolShape adaptive_shape(const char* op, int64_t n, int64_t c, int64_t h, int64_t w, int64_t p, int64_t q) {

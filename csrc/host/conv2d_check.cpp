@@ -47,6 +47,16 @@ ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor
   return p;
 }
 
+ConvParams conv_backward_params(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                                const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                                at::IntArrayRef dilation, int64_t groups) {
+  const ConvParams p = conv_params(op, input, weight, {}, stride, padding, dilation, groups);
+  check_device(op, "grad_output", grad_output, input);
+  check_dtype(op, "grad_output", grad_output, input.scalar_type());
+  check_sizes(op, "grad_output", grad_output, {p.n, p.k, p.p, p.q});
+  return p;
+}
+
 at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight) {
   const auto last = at::MemoryFormat::ChannelsLast;
   return input.suggest_memory_format() == last || weight.suggest_memory_format() == last ? last

@@ -9,6 +9,11 @@ namespace fastconv {
 ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
 
+// Of conv2d_backward: the same, and grad_output.
+ConvParams conv_backward_params(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                                const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                                at::IntArrayRef dilation, int64_t groups);
+
 // channels_last if the input or the weight is, else contiguous.
 at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight);
 

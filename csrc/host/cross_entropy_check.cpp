@@ -26,7 +26,9 @@ LossTarget check_cross_entropy(const char* op, const at::Tensor& input, const at
     TORCH_CHECK(weight->scalar_type() == input.scalar_type() || weight->scalar_type() == acc_type(input.scalar_type()),
                 op, ": weight expected dtype ", input.scalar_type(), ", got ", weight->scalar_type());
   }
-  LossTarget t;
+  LossTarget t{};
+  t.d = 1;
+  for (int64_t i = 2; i < input.dim(); ++i) t.d *= input.size(i);
   t.position_sizes = input.sizes().vec();
   t.position_sizes.erase(t.position_sizes.begin() + 1);
   t.probabilities = target.is_floating_point();
@@ -67,12 +69,16 @@ void check_cross_entropy_backward(const char* op, const at::Tensor& grad_loss, c
               ": output_mask[1] expected False for class indices, got True");
 }
 
+namespace {
 at::Tensor channels_last_view(const at::Tensor& t) { return t.dim() > 2 ? t.movedim(1, -1) : t; }
+}  // namespace
 
-bool classes_last(const at::Tensor& input) {
-  int64_t d = 1;
-  for (int64_t i = 2; i < input.dim(); ++i) d *= input.size(i);
+bool classes_last(const at::Tensor& input, int64_t d) {
   return d == 1 || (!input.is_contiguous() && channels_last_view(input).is_contiguous());
+}
+
+at::Tensor arrange_classes(const at::Tensor& t, bool rows) {
+  return rows ? channels_last_view(t).contiguous() : t.contiguous();
 }
 
 at::Tensor restore_classes(const at::Tensor& t, const at::Tensor& like, bool rows) {

@@ -12,6 +12,7 @@ enum LossReduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 struct LossTarget {
   std::vector<int64_t> position_sizes;  // [N, d..]: input's sizes without the classes
+  int64_t d;                            // positions of one sample
   bool probabilities;                   // else class indices
 };
 
@@ -23,12 +24,12 @@ void check_cross_entropy_backward(const char* op, const at::Tensor& grad_loss, c
                                   const at::Tensor& lse, const at::Tensor& normalizer, int64_t reduction,
                                   const LossTarget& target, std::array<bool, 2> output_mask);
 
-// [N, d.., C]
-at::Tensor channels_last_view(const at::Tensor& t);
-
 // Whether the logits are read as rows [N, d.., C]: dense channels-last logits are that already; everything else is read
 // as contiguous [N, C, d..], which is rows where d is 1.
-bool classes_last(const at::Tensor& input);
+bool classes_last(const at::Tensor& input, int64_t d);
+
+// Logits or probabilities, dense in that layout.
+at::Tensor arrange_classes(const at::Tensor& t, bool rows);
 
 // A gradient back in [N, C, d..] from that layout: a view where it can be, with at::empty_like(like)'s strides and
 // dtype.

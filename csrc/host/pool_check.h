@@ -39,6 +39,21 @@ inline PoolParams pool_params(const char* op, at::IntArrayRef input, at::IntArra
   return a;
 }
 
+inline PoolParams avg_pool_params(const char* op, at::IntArrayRef input, at::IntArrayRef kernel, at::IntArrayRef stride,
+                                  at::IntArrayRef pad, bool ceil_mode, std::optional<int64_t> divisor_override) {
+  TORCH_CHECK(divisor_override.value_or(1) != 0, op, ": divisor must be not zero");
+  const int64_t ones[2] = {1, 1};
+  return pool_params(op, input, kernel, stride, pad, ones, ceil_mode);
+}
+
+// Of adaptive pooling: the input's sizes but the batch.
+inline void check_positions(const char* op, at::IntArrayRef channels_and_positions) {
+  for (int64_t size : channels_and_positions) {
+    TORCH_CHECK(size > 0, op, ": Expected input to have non-zero size for non-batch dimensions, but input has size ",
+                channels_and_positions, " there");
+  }
+}
+
 inline void check_area(const char* op, const PoolParams& a) {
   TORCH_CHECK(a.r * a.s <= 256, op, ": kernel_size expected an area of at most 256 (offsets are uint8), got ", a.r, "x",
               a.s);

@@ -15,6 +15,7 @@
 
 #include <typeinfo>
 
+#include "conv2d_config.h"
 #include "driver.h"
 
 using namespace fastconv;

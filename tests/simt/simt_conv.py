@@ -33,7 +33,7 @@ _INTS = ["dtype", "act", "pro_act", "tile", "splits", "tensor", "kind"]
 
 
 class ConvCall(ctypes.Structure):
-    """Mirror of ConvCall in driver_conv.cpp."""
+    """Mirror of ConvCall in csrc/cuda/api.h."""
 
     _fields_ = [(f, ctypes.c_void_p) for f in _POINTERS] + [(f, ctypes.c_int) for f in _SHAPE + _INTS]
 

@@ -1,4 +1,4 @@
-// The tile table of the convolution kernels and the three functions that the host side calls.
+// The tiles of the convolution kernels (sizes: shapes.h) and the three functions that the host side calls.
 //
 // A caller fills ConvProblem, picks a tile and a split count (csrc/cuda/conv2d_config.h knows the machine; nothing here
 // asks the device) and provides the fp32 workspace when splits > 1: splits * elements of the result.
@@ -22,20 +22,9 @@ struct ConvProblem {
   bool tensor;               // fp32 only: true = TF32 tensor cores, false = exact
 };
 
-struct ConvTileSize {
-  int bm, bn;
-};
-
-// Rows from 16 (batch 4 on a 1x1 map must not pay for 128) to 256 (the stem and other narrow layers: few columns, so A
-// is read once). 16-row tiles take 128-byte k-tiles: they live on latency, and half the barriers help more than
-// occupancy.
-constexpr ConvTileSize kConvTiles[] = {{16, 64}, {32, 64}, {64, 64}, {128, 64}, {128, 128}, {256, 64}};
-constexpr int kConvTileCount = 6;
-// The exact fp32 kernels keep three of them; others map to the next smaller one.
+// The exact fp32 kernels keep three of kConvTiles; others map to the next smaller one.
 constexpr ConvTileSize kExactTiles[] = {{16, 64}, {64, 64}, {128, 128}};
 constexpr int exact_tile(int tile) { return tile < 2 ? 0 : (tile < 4 ? 1 : 2); }
-constexpr ConvTileSize kWgradTiles[] = {{64, 64}, {128, 128}};
-constexpr int kWgradTileCount = 2;
 
 // clang-format off
 template <class T, bool Dgrad, bool Prologue, int Tile> struct TensorTile;
