@@ -28,9 +28,8 @@ def add() -> str:
     if missing:
         return missing
     simt_host.load()
-    registry.add_backend(
-        "simt", registry.Extra("fastconv_simt", cannot_run), registry.Availability(True, "the emulator of tests/simt")
-    )
+    here = registry.Availability(True, "the emulator of tests/simt")
+    registry.add_backend("simt", "fastconv_simt", cannot_run, here)
     return ""
 
 

@@ -80,27 +80,22 @@ def _ask(name: str) -> Availability:
     return Availability(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
 
 
-@dataclass(frozen=True)
-class Extra:
-    """A further backend: the library ``torch.ops.<library>`` with fastconv's schemas, and what it cannot run."""
-
-    library: str
-    cannot_run: Callable[[str, tuple[Tensor | None, ...]], str]
-
-
-_EXTRA: dict[str, Extra] = {}
+# Backends whose operators are a library of their own, torch.ops.<library>, and what these cannot run. The others are
+# torch.ops.fastconv, whose kernels PyTorch's dispatcher tells apart by device.
 _LIBRARIES = {"triton": "fastconv_triton"}
+_CANNOT_RUN = {"triton": triton.cannot_run}
 
 
-def add_backend(name: str, extra: Extra, availability: Availability) -> None:
+def add_backend(name: str, library: str, cannot_run: Callable, availability: Availability) -> None:
     """Makes ``use_backend(name)`` run another implementation of the raw operators; "auto" never takes it.
 
-    For tests, and for kernels that somebody else brings. ``extra.cannot_run(op, tensors)`` gives a reason or "".
+    For tests, and for kernels that somebody else brings. library: ``torch.ops.<library>`` has fastconv's schemas.
+    ``cannot_run(op, tensors)`` gives the reason why it cannot run a call, or "".
     Raises ValueError if there is a backend of that name.
     """
-    if name in NAMES or name in _EXTRA:
+    if name in NAMES or name in _LIBRARIES:
         raise ValueError(f"add_backend: name expected a new one, got {name!r}")
-    _EXTRA[name], _LIBRARIES[name], _known[name] = extra, extra.library, availability
+    _LIBRARIES[name], _CANNOT_RUN[name], _known[name] = library, cannot_run, availability
 
 
 # The answers for the GPU backends are asked for at the first use: they import Triton and start CUDA in this process.
@@ -145,7 +140,7 @@ class use_backend:  # noqa: N801  (named like torch.set_grad_enabled: a function
 
     def __init__(self, name: str) -> None:
         global _choice
-        if name != "auto" and name not in NAMES and name not in _EXTRA:
+        if name != "auto" and name not in NAMES and name not in _LIBRARIES:
             raise ValueError(f"use_backend: name expected one of auto, {', '.join(NAMES)}; got {name!r}")
         if name != "auto" and not _availability(name):
             raise RuntimeError(f"use_backend: backend {name!r} is not available: {_availability(name).reason}")
@@ -193,10 +188,7 @@ def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], limit: s
     missing = _unavailable(name)
     if missing:
         return missing
-    if name in _EXTRA:
-        own = _EXTRA[name].cannot_run(op, tensors)
-    else:
-        own = triton.cannot_run(op, tensors) if name == "triton" else _compiled_cannot_run(name, op, tensors)
+    own = _CANNOT_RUN[name](op, tensors) if name in _CANNOT_RUN else _compiled_cannot_run(name, op, tensors)
     return limit or own or _transformed(tensors)
 
 
