@@ -17,7 +17,8 @@ import simt_backend  # noqa: E402
 import torch  # noqa: E402
 
 import fastconv  # noqa: E402
-from fastconv.ops import registry  # noqa: E402
+from fastconv.ops import choice, keys, registry  # noqa: E402
+from fastconv.ops import measure as measuring  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,27 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def kernels(request: pytest.FixtureRequest) -> Backend:
     """A device with compiled kernels, for tests of the raw operators."""
     return Backend(request.param, request.param)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Iterator[None]:
+    """Measures at first use, into a folder of this test."""
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FASTCONV_TUNE", "1")
+    monkeypatch.setitem(measuring.SECONDS, "cpu", 0.0)
+    choice.forget()
+    yield
+    choice.forget()
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """The classes of calls measured in this test."""
+    seen, real = [], choice.measure
+
+    def note(op, names, run, tensors, settings, seconds=None):
+        seen.append(keys.class_of(op, [keys.spec(t) for t in tensors], settings))
+        return real(op, names, run, tensors, settings, seconds)
+
+    monkeypatch.setattr(choice, "measure", note)
+    return seen
