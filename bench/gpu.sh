@@ -6,8 +6,8 @@
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log; a part that fails is named in the table at the end
-# and makes the exit status 1, and the parts after it still run. Written for 16 cores and two calls of ten minutes: up to
-# sanitize, and the rest.
+# and makes the exit status 1, and the parts after it still run. The parts' time limits add up to 26 minutes and more:
+# where one call may last ten, name the parts that fit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torchvision
 from harness import DTYPES, Bench, Case, arguments
-from shapes import convolutions
+from shapes import network_work
 
 import fastconv
 
@@ -78,9 +78,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     for dtype in [d for d in args.dtype if d != "fp16"]:
         for batch in batches:
-            convs = convolutions(args.model, batch, args.size)
-            flops = sum(conv.flops * count for conv, count in convs.items())
-            outputs = sum(conv.n * conv.p**2 * conv.k * count for conv, count in convs.items())
+            flops, outputs = network_work(args.model, batch, args.size)
             x = torch.randn(batch, 3, args.size, args.size, device=args.device)
             found = competitors(model, x, DTYPES[dtype], args.compile)
             case = Case(

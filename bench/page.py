@@ -15,7 +15,7 @@ HEAD = """| operation | dtype | shapes | geometric mean x best peer | worst | be
 
 
 def write(out: Path) -> None:
-    """Reads OUT/*.json, writes OUT/README.md, OUT/roofline.png, OUT/peers.png and OUT/step.png where there is data."""
+    """Reads OUT/*.json, writes OUT/README.md and the pictures that there is data for."""
     subjects = {}
     for path in sorted(out.glob("*.json")):
         data = json.loads(path.read_text())
@@ -32,14 +32,14 @@ def write(out: Path) -> None:
         "Made by `make bench`; every number is in the CSV and JSON files beside this page.\n",
     ]
     rates = [s["environment"]["rates"] for s in subjects.values() if "rates" in s["environment"]]
-    if rates:
-        best = {name: max(r[name] for r in rates if name in r) for name in rates[0]}
+    best = {name: max(r[name] for r in rates if name in r) for name in rates[0]} if rates else {}
+    if best:
         words = [f"copy {best['copy']:.0f} GB/s"]
         words += [f"{name} matrix product {rate:.2f} TFLOP/s" for name, rate in best.items() if name != "copy"]
         text.append("Measured rates of the machine: " + ", ".join(words) + ".\n")
     operators = {name: s for name, s in subjects.items() if name not in ("memory", "train_step", "inference")}
     if operators:
-        text += ["## Operators\n", _operators(operators), _pictures(out, operators)]
+        text += ["## Operators\n", _operators(operators), _pictures(out, operators, best)]
     for name, title in (("train_step", "Training step"), ("inference", "Inference")):
         if name in subjects:
             text += [f"## {title}\n", _steps(subjects[name]["rows"])]
@@ -68,11 +68,11 @@ def _operators(subjects: dict) -> str:
     return HEAD + "\n".join(lines) + note
 
 
-def _pictures(out: Path, subjects: dict) -> str:
+def _pictures(out: Path, subjects: dict, rates: dict) -> str:
     rows = [r for d in subjects.values() for r in d["rows"]]
     draw.peers(out / "peers.png", rows)
     text = "![Speed against the best peer](peers.png)\n"
-    if draw.roofline(out / "roofline.png", rows, next(iter(subjects.values()))["environment"]["rates"]):
+    if draw.roofline(out / "roofline.png", rows, rates):
         text += "\n![Roofline](roofline.png)\n"
     return text
 

@@ -54,6 +54,12 @@ class Conv:
         return tuple(t.to(dtype).contiguous(memory_format=form) for t in (x, w, g))
 
 
+def network_work(model: str, batch: int, size: int) -> tuple[float, int]:
+    """FLOPs of one forward pass over a torchvision classifier's convolutions, and the elements of their outputs."""
+    convs = convolutions(model, batch, size).items()
+    return sum(c.flops * count for c, count in convs), sum(c.elements[2] * count for c, count in convs)
+
+
 def convolutions(model: str, batch: int, size: int) -> dict[Conv, int]:
     """Every distinct convolution of a torchvision classifier and how often it occurs, in order of appearance."""
     with torch.device("meta"):
