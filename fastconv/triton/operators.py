@@ -2,7 +2,7 @@
 
 torch.compile(fullgraph=True), torch.export and FakeTensorMode see these, never the launchers' Python or the kernels.
 Schemas come from the launchers' annotations; what batch norm updates in place is declared. Like the compiled ones
-(csrc/ops.cpp) they carry no autograd registration: gradients live in fastconv.autograd.
+(csrc/schemas.h) they carry no autograd registration: gradients live in fastconv.autograd.
 
 They have a namespace of their own because torch.ops.fastconv.<op> on CUDA tensors is the CUDA C++ kernel.
 """

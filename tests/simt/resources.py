@@ -106,8 +106,13 @@ def dynamic_memory() -> dict[str, tuple[int, int]]:
 def threads_of(kernel: str, dynamic: dict) -> tuple[int, int]:
     if m := re.match(r"conv_(?:gemm|wgrad)_kernel<(.*)>$", kernel):
         return dynamic[m[1]]
-    known = {"cross_entropy_finish": 1024, "max_pool": 128, "avg_pool": 128, "depthwise_kernel": 128}
-    known["batch_norm_fold_kernel"] = 128
+    known = {
+        "cross_entropy_finish": 1024,
+        "max_pool": 128,
+        "avg_pool": 128,
+        "depthwise_kernel": 128,
+        "batch_norm_fold": 128,
+    }
     return next((n for key, n in known.items() if kernel.startswith(key)), 256), 0
 
 
