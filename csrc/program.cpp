@@ -18,23 +18,32 @@ class Program : public torch::CustomClassHolder {
  public:
   explicit Program(int64_t slots) : slots_(check_slots(slots)) {}
 
-  // Appends a call. arguments: one for each of the schema's; the one at from[i] is taken from slot slot[i] instead.
-  // results: the slots of what it returns (-1: dropped), or none.
+  // Appends a call. arguments: one for each of the schema's. inputs: triples (argument, element, slot): that argument,
+  // or that element of a list of tensors (-1: the argument is no list), is taken from the slot at every run. results:
+  // the slots of what the call returns (-1: dropped), or none.
   void call(const std::string& name, const std::string& overload, const c10::List<c10::IValue>& arguments,
-            const std::vector<int64_t>& from, const std::vector<int64_t>& slot, const std::vector<int64_t>& results) {
+            const std::vector<int64_t>& inputs, const std::vector<int64_t>& results) {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
     const size_t wanted = op.schema().arguments().size();
     TORCH_CHECK(arguments.size() == wanted, "Program: ", name, " expected ", wanted, " arguments, got ",
                 arguments.size());
-    TORCH_CHECK(from.size() == slot.size(), "Program: slot expected ", from.size(), " entries, got ", slot.size());
     TORCH_CHECK(results.empty() || results.size() == op.schema().returns().size(), "Program: results of ", name,
                 " expected ", op.schema().returns().size(), " entries, got ", results.size());
+    TORCH_CHECK(inputs.size() % 3 == 0, "Program: inputs expected triples, got ", inputs.size(), " integers");
     Call c{op, {}, {}, results};
     for (const c10::IValue& v : arguments) c.arguments.push_back(v);
-    for (size_t i = 0; i < from.size(); ++i) {
-      TORCH_CHECK_INDEX(from[i] >= 0 && from[i] < static_cast<int64_t>(wanted), "Program: from expected below ", wanted,
-                        ", got ", from[i]);
-      c.slots.emplace_back(from[i], at(slot[i]));
+    for (size_t i = 0; i < inputs.size(); i += 3) {
+      const int64_t argument = inputs[i], element = inputs[i + 1];
+      TORCH_CHECK_INDEX(argument >= 0 && argument < static_cast<int64_t>(wanted),
+                        "Program: inputs expected arguments below ", wanted, ", got ", argument);
+      if (element >= 0) {
+        TORCH_CHECK(c.arguments[argument].isTensorList(), "Program: argument ", argument, " of ", name,
+                    " expected a list of tensors");
+        const size_t size = c.arguments[argument].toTensorList().size();
+        TORCH_CHECK_INDEX(element < static_cast<int64_t>(size), "Program: inputs expected elements below ", size,
+                          ", got ", element);
+      }
+      c.inputs.push_back({argument, element, at(inputs[i + 2])});
     }
     for (const int64_t r : results) {
       if (r >= 0) at(r);
@@ -51,7 +60,13 @@ class Program : public torch::CustomClassHolder {
     torch::jit::Stack stack;
     for (const Call& c : calls_) {
       stack.assign(c.arguments.begin(), c.arguments.end());
-      for (const auto& [argument, slot] : c.slots) stack[argument] = slots_[slot];
+      for (const Input& in : c.inputs) {
+        if (in.element < 0) {
+          stack[in.argument] = slots_[in.slot];
+        } else {  // the list is this call's own: it is overwritten at every run
+          stack[in.argument].toTensorList().set(in.element, slots_[in.slot].toTensor());
+        }
+      }
       c.op.callBoxed(stack);
       for (size_t i = 0; i < c.results.size(); ++i) {
         if (c.results[i] >= 0) slots_[c.results[i]] = std::move(stack[i]);
@@ -60,10 +75,13 @@ class Program : public torch::CustomClassHolder {
   }
 
  private:
+  struct Input {
+    int64_t argument, element, slot;
+  };
   struct Call {
     c10::OperatorHandle op;
     std::vector<c10::IValue> arguments;
-    std::vector<std::pair<int64_t, int64_t>> slots;
+    std::vector<Input> inputs;
     std::vector<int64_t> results;
   };
 
