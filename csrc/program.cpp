@@ -31,7 +31,12 @@ class Program : public torch::CustomClassHolder {
                 " expected ", op.schema().returns().size(), " entries, got ", results.size());
     TORCH_CHECK(inputs.size() % 3 == 0, "Program: inputs expected triples, got ", inputs.size(), " integers");
     Call c{op, {}, {}, results};
-    for (const c10::IValue& v : arguments) c.arguments.push_back(v);
+    for (size_t i = 0; i < wanted; ++i) {
+      const c10::IValue v = arguments.get(i);
+      // An empty list of Python has no element type: it comes as None.
+      const bool empty = v.isNone() && op.schema().arguments()[i].type()->isSubtypeOf(*c10::ListType::ofTensors());
+      c.arguments.push_back(empty ? c10::IValue(c10::List<at::Tensor>()) : v);
+    }
     for (size_t i = 0; i < inputs.size(); i += 3) {
       const int64_t argument = inputs[i], element = inputs[i + 1];
       TORCH_CHECK_INDEX(argument >= 0 && argument < static_cast<int64_t>(wanted),

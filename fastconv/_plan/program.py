@@ -126,7 +126,9 @@ class Builder:
                 return tensor(value) if isinstance(value, Buffer) else value
 
             for i, value in enumerate(call.arguments):
-                if isinstance(value, list):
+                if isinstance(value, list) and not value:
+                    arguments.append(None)  # an empty list has no type here: the program takes it from the schema
+                elif isinstance(value, list):
                     arguments.append([bound(part, i, j) for j, part in enumerate(value)])
                 else:
                     arguments.append(bound(value, i, -1))
