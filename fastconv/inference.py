@@ -15,6 +15,7 @@ from . import _ext
 from ._plan import Refused
 from ._plan.inference import InferencePlan
 from .fuse import fuse
+from .ops import current_backend
 
 log = logging.getLogger("fastconv")
 
@@ -126,7 +127,7 @@ class OptimizedModule(nn.Module):
         return out.to(x.dtype)
 
     def _plan(self, x: Tensor) -> InferencePlan | str:
-        key = (tuple(x.shape), x.device, x.is_floating_point(), torch.is_autocast_enabled("cpu"))
+        key = (tuple(x.shape), x.device, x.is_floating_point(), torch.is_autocast_enabled("cpu"), current_backend())
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._make(x)
@@ -144,6 +145,8 @@ class OptimizedModule(nn.Module):
             return f"plans run on a CPU, model and input are on {', '.join(sorted(devices))}"
         if self.dtype not in _DTYPES or not x.is_floating_point():
             return f"plans take float32 and bfloat16, not {self.dtype} on an input of {x.dtype}"
+        if current_backend() not in ("auto", "cpu"):
+            return f"the backend {current_backend()} was chosen, plans run cpu's kernels"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on: choose the plan's dtype with dtype= instead"
         if x.numel() == 0 or type(x) is not Tensor:

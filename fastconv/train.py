@@ -34,7 +34,7 @@ class TrainStep:
     keep_grads: False lets a plan consume each weight gradient at once, inside the optimizer's step, and leaves ``p.grad``
     None; True leaves the step's gradients in ``p.grad``.
 
-    On a CPU, in fp32 or bf16, the step is a **plan**, one per input shape: the fused model's forward, cross-entropy,
+    On a CPU, in fp32 or bf16, the step of a fused model is a **plan**, one per input shape: its forward, cross-entropy,
     backward and SGD, Adam or AdamW as one call into C++ over static buffers. Another optimizer, or one with step hooks
     (gradient clipping, say), steps by itself after the plan, as with keep_grads=True. What a plan cannot hold (another
     loss, a module without a step, hooks) runs as the plain loop, and ``step.plan_reason`` says why; it is "" where the

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _ext
-from ..fuse import fuse
+from .._fuse.module import FusedMixin
+from ..ops import current_backend
 from . import optim
 from .graph import Refused
 from .training import SCALAR_TYPES, TrainingPlan, loss_arguments
@@ -28,7 +29,7 @@ class StepPlans:
         self.step = step
         self.cache: OrderedDict[Any, TrainingPlan | str] = OrderedDict()
         self.reason = ""
-        self.fused: torch.nn.Module | None = None
+        self.outline: list[Any] = []
 
     def find(self, x: Tensor, y: Tensor) -> TrainingPlan | None:
         """The plan for this call; None, with the reason noted, where it has to run as the plain loop."""
@@ -46,6 +47,10 @@ class StepPlans:
         step = self.step
         if not _ext.HAS_EXT:
             return _ext.EXT_REASON
+        if not isinstance(step.model, FusedMixin):
+            return "the model is not fused: fastconv.fuse(model, inplace=True) makes it so"
+        if current_backend() not in ("auto", "cpu"):
+            return f"the backend {current_backend()} was chosen, plans run cpu's kernels"
         if not step.model.training:
             return "the model is in evaluation mode"
         if step.scaler is not None:
@@ -65,10 +70,10 @@ class StepPlans:
         plan = self.cache.get(key)
         if isinstance(plan, TrainingPlan) and plan.outdated():
             self.cache.clear()
-            self.fused = plan = None
+            plan = None
         elif isinstance(plan, str) and self._changed():
             self.cache.clear()
-            self.fused = plan = None
+            plan = None
         if plan is None:
             plan = self.cache[key] = self._make(x, y, fused)
             if len(self.cache) > _KEPT:
@@ -80,7 +85,7 @@ class StepPlans:
     def _changed(self) -> bool:
         """Whether a model that had no plan is worth another look: its modules or their hooks are not the same."""
         now = self._outline()
-        changed, self.outline = now != getattr(self, "outline", now), now
+        changed, self.outline = now != self.outline, now
         return changed
 
     def _outline(self) -> list[Any]:
@@ -93,9 +98,7 @@ class StepPlans:
             loss = loss_arguments(step.loss_fn)
             if dtype not in SCALAR_TYPES:
                 raise Refused(f"plans train in float32 and bfloat16, not {dtype}")
-            if self.fused is None:
-                self.fused = fuse(step.model)  # itself, where it is fused already; layers and weights are shared
-            return TrainingPlan(self.fused, loss, step.optimizer, dtype, fused, x, y)
+            return TrainingPlan(step.model, loss, step.optimizer, dtype, fused, x, y)
         except Refused as error:
             self.outline = self._outline()
             return str(error)
