@@ -73,7 +73,6 @@ class OptimizedModule(nn.Module):
         self.plan_reason = ""
         self._fresh()
         super().train(False)
-        self.register_load_state_dict_post_hook(lambda module, keys: module._fresh())
 
     def _fresh(self) -> None:
         self._plans: OrderedDict[Any, InferencePlan | str] = OrderedDict()
@@ -100,6 +99,10 @@ class OptimizedModule(nn.Module):
         if first is not None and first.dtype is not torch.float32:
             self.dtype = first.dtype  # .half(), .double(), .bfloat16()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._fresh()  # a plan is made at the first call after
+        super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> OptimizedModule:
         if mode:

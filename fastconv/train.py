@@ -31,8 +31,8 @@ class TrainStep:
     cuda_graph: on a GPU the whole step is captured in a CUDA graph, one per input shape, and replayed. "auto" falls
     back to ordinary execution, with the reason logged, where the step cannot be captured; True raises instead; False
     never captures.
-    keep_grads: False lets a plan consume each weight gradient at once, inside the optimizer's step, and leaves ``p.grad``
-    None; True leaves the step's gradients in ``p.grad``.
+    keep_grads: False lets a plan consume each weight gradient at once, inside the optimizer's step, and leaves
+    ``p.grad`` None; True leaves the step's gradients in ``p.grad``.
 
     On a CPU, in fp32 or bf16, the step of a fused model is a **plan**, one per input shape: its forward, cross-entropy,
     backward and SGD, Adam or AdamW as one call into C++ over static buffers. Another optimizer, or one with step hooks

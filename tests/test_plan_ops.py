@@ -133,7 +133,9 @@ def test_weight_grad_update_is_the_gradient_and_the_optimizer(optimizer, name):
 def test_update_takes_gradients_in_any_layout_and_dtype():
     p = torch.randn(4, 8, 3, 3).contiguous(memory_format=LAST)
     expected = p - 0.5 * torch.ones_like(p)
-    PLAN.update([p], [torch.ones(4, 8, 3, 3, dtype=torch.bfloat16)], [], 0, [], torch.tensor([0.5, 0, 0, 0]).double(), "sgd")
+    PLAN.update(
+        [p], [torch.ones(4, 8, 3, 3, dtype=torch.bfloat16)], [], 0, [], torch.tensor([0.5, 0, 0, 0]).double(), "sgd"
+    )
     assert torch.equal(p, expected)
 
 

@@ -90,7 +90,9 @@ def same_state(a: list[Any], b: list[Any]) -> bool:
     """Identity, or equality of plain values: tensors and plans are compared by identity only."""
     if len(a) != len(b):
         return False
-    return all(x is y or (not isinstance(x, (Tensor, nn.Module)) and _plain(x) and x == y) for x, y in zip(a, b, strict=True))
+    return all(
+        x is y or (not isinstance(x, (Tensor, nn.Module)) and _plain(x) and x == y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _plain(x: Any) -> bool:
@@ -183,7 +185,7 @@ class Flattener:
                 env[node] = self.call(module.get_submodule(node.target), tuple(a), dict(k))
             else:
                 table = _FUNCTIONS if node.op == "call_function" else _METHODS
-                step = table.get(node.target)
+                step = table.get(node.target) or _FOREIGN.get(_qualified(node.target))
                 if step is None:
                     name = getattr(node.target, "__name__", node.target)
                     raise Refused(f"no step for {name}()")
@@ -210,8 +212,9 @@ class Flattener:
         for module in (conv, bn, act):
             if isinstance(module, nn.Module):
                 self.modules[id(module)] = module
-        if type(conv) is not nn.Conv2d or has_hooks(conv) or not name:
-            raise Refused(f"a group's {type(conv).__name__} or its activation is no plain layer any more")
+        self.plain(conv, nn.Conv2d)
+        if not name:
+            raise Refused("a group's activation is no plain layer any more")
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise Refused(f"a convolution with padding={conv.padding!r}, padding_mode={conv.padding_mode!r}")
         if bn is not None:
@@ -224,12 +227,19 @@ class Flattener:
             raise Refused("an addition with broadcasting")
         return self.add("conv", [x], shape, module=conv, bn=bn, act=name, residual=residual)
 
+    def plain(self, module: Any, kind: type) -> None:
+        if has_hooks(module):
+            raise Refused(f"a {type(module).__name__} has hooks")
+        if type(module) is not kind:
+            raise Refused(f"a group's {type(module).__name__} is no plain {kind.__name__}")
+
     def norm_ready(self, bn: Any) -> None:
-        if type(bn) is not nn.BatchNorm2d or has_hooks(bn):
-            raise Refused(f"a group's {type(bn).__name__} is no plain BatchNorm2d any more")
+        self.plain(bn, nn.BatchNorm2d)
         if bn.training != self.training:
             raise Refused("a batch norm whose mode is not the model's")
-        if (bn.running_mean is None) != (bn.running_var is None) or not (bn.track_running_stats or bn.running_mean is None):
+        if (bn.running_mean is None) != (bn.running_var is None) or not (
+            bn.track_running_stats or bn.running_mean is None
+        ):
             raise Refused("a batch norm with part of its running statistics")
         if not self.training and bn.running_mean is None:
             raise Refused("a batch norm without running statistics")
@@ -388,18 +398,24 @@ def _activations() -> dict[Any, Callable[..., Any]]:
     return {function: step(name, function.__name__.endswith("_")) for function, name in named.items()}
 
 
-_ALIAS = lambda f, x, *_: x  # noqa: E731: layout alone: values are channels_last throughout
+def _alias(f: Flattener, x: Any, *_: Any) -> Any:
+    return x  # layout alone: values are channels_last throughout
+
+
+def _act_method(name: str, inplace: bool) -> Callable[..., Any]:
+    return lambda f, x: f.activation(x, name, inplace)
+
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     runtime.conv_bn_act: lambda f, x, conv, bn, act, nhwc, add="", residual=None: f.conv(x, conv, bn, act, residual),
     runtime.conv_act: lambda f, x, conv, act, nhwc, add="", residual=None: f.conv(x, conv, None, act, residual),
     runtime.bn_act: lambda f, x, bn, act, nhwc, add="", residual=None: f.norm(x, bn, act, residual),
     runtime.pool: lambda f, x, module, nhwc: f.pooling(x, module),
-    runtime.max_pool2d: _max_pool, runtime.avg_pool2d: _avg_pool, F.max_pool2d: _max_pool, torch.max_pool2d: _max_pool,
-    F.avg_pool2d: _avg_pool,
+    runtime.max_pool2d: _max_pool, F.max_pool2d: _max_pool, torch.max_pool2d: _max_pool,
+    runtime.avg_pool2d: _avg_pool, F.avg_pool2d: _avg_pool,
     runtime.adaptive_avg_pool2d: lambda f, input, output_size: f.pool("adaptive_avg_pool", input, output_size=output_size),
     F.adaptive_avg_pool2d: lambda f, input, output_size: f.pool("adaptive_avg_pool", input, output_size=output_size),
-    runtime.channels_last: _ALIAS, runtime.contiguous: _ALIAS, runtime.give_back: _ALIAS,
+    runtime.channels_last: _alias, runtime.contiguous: _alias, runtime.give_back: _alias,
     runtime.came_contiguous: lambda f, *values: False,
     runtime.drop: lambda f, x, module: f.call(module, (x,), {}),
     runtime.dropout: lambda f, input, p=0.5, training=True, inplace=False: f.dropout(input, p, training, inplace),
@@ -426,9 +442,21 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "size": _size,
     "transpose": lambda f, x, dim0, dim1: f.transpose(x, dim0, dim1),
     "chunk": lambda f, x, chunks, dim=0: f.chunk(x, chunks, dim),
-    "contiguous": _ALIAS,
-    **{name: (lambda f, x, n=act, own=name.endswith("_"): f.activation(x, n, own)) for name, act in ACT_METHODS.items()},
+    "contiguous": _alias,
+    **{name: _act_method(act, name.endswith("_")) for name, act in ACT_METHODS.items()},
 }
+
+
+def _qualified(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
+
+
+def _stochastic_depth(f: Flattener, input: Value, p: float, mode: str, training: bool = True) -> Value:
+    return input if not training or p == 0.0 else _refuse("stochastic depth in training")
+
+
+# Functions of packages that need not be installed, by name.
+_FOREIGN = {"torchvision.ops.stochastic_depth.stochastic_depth": _stochastic_depth}
 
 
 def _refuse(reason: str) -> Any:

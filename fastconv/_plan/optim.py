@@ -119,8 +119,7 @@ class PlannedOptimizer:
 
     def finished(self) -> None:
         """What a scheduler looks at to tell that the optimizer has stepped."""
-        if hasattr(self.optimizer, "_opt_called"):
-            self.optimizer._opt_called = True
+        self.optimizer._opt_called = True
 
     def check_steps(self) -> None:
         """Parameters of one group share their bias corrections, and so must have taken as many steps."""

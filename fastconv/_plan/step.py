@@ -68,10 +68,8 @@ class StepPlans:
         fused = not step.keep_grads and not optim.refusal(step.optimizer)
         key = (tuple(x.shape), tuple(y.shape), y.dtype, fused)
         plan = self.cache.get(key)
-        if isinstance(plan, TrainingPlan) and plan.outdated():
-            self.cache.clear()
-            plan = None
-        elif isinstance(plan, str) and self._changed():
+        stale = plan.outdated() if isinstance(plan, TrainingPlan) else plan is not None and self._changed()
+        if stale:
             self.cache.clear()
             plan = None
         if plan is None:

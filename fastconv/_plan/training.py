@@ -173,7 +173,8 @@ class TrainingLowering(Lowering):
     def _conv(self, node: Node, x: Any) -> Any:
         conv, bn = node.module, node.bn
         if not conv.weight.is_contiguous(memory_format=torch.channels_last):
-            raise Refused("a convolution's weight is not channels_last: fuse(model, inplace=True) makes it so")
+            hint = "model.to(memory_format=torch.channels_last) makes it so"
+            raise Refused(f"a convolution's weight is not channels_last: {hint}")
         weight, bias = self.half(conv.weight), conv.bias
         out = self.own(node.output)
         residual = self.residual(node)
@@ -261,10 +262,12 @@ class TrainingLowering(Lowering):
         def backward(grad: Any) -> Any:
             dz, dweight, dbias = self.own(node.output), build.slot(), build.slot()
             dres = None
-            if self.wants(node.residual):
+            if self.wants(node.residual) and node.act == "identity":
+                self.give(node.residual, self.share(grad))  # the sum hands its gradient on as it is
+            elif self.wants(node.residual):
                 # In place of the gradient that it comes from, where nothing else reads that; a 16-bit gradient through
                 # another activation is read once more.
-                plain = self.dtype is torch.float32 or node.act in ("identity", "relu")
+                plain = self.dtype is torch.float32 or node.act == "relu"
                 own = plain and isinstance(grad, Buffer) and id(grad) not in self.shared
                 dres = grad if own else self.own(node.output)
             build.call(
@@ -327,9 +330,7 @@ class TrainingLowering(Lowering):
         return super()._adaptive_avg_pool(node, x)
 
     def _taped(self, node: Node, op: str, arguments: Callable[[Any], list[Any]]) -> None:
-        self.tape.append(
-            (node, lambda grad: self.give(node.inputs[0], self.build.returning(op, arguments(grad))))
-        )
+        self.tape.append((node, lambda grad: self.give(node.inputs[0], self.build.returning(op, arguments(grad)))))
 
     def _reshape(self, node: Node, x: Any) -> Any:
         def backward(grad: Any) -> None:
@@ -411,7 +412,6 @@ class TrainingLowering(Lowering):
         scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
         self._taped(node, "aten::native_dropout_backward", lambda g: [g, mask, scale])
         return out
-
 
 
 class TrainingPlan:
