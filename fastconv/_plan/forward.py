@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import Node, Refused, Value
+from .network import Node, Refused, Value
 from .program import Buffer, Builder, Slot
 
 ATEN_ACTIVATIONS: dict[str, tuple[str, list[Any]]] = {

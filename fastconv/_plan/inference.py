@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .flatten import Flattener
 from .forward import Lowering, geometry, nhwc, nhwc_weight
-from .graph import Flattener, Node, Value
+from .network import Node
 
 
 class InferenceLowering(Lowering):
@@ -95,6 +96,3 @@ class InferencePlan:
         self.program.put(self.entry.index, x)
         self.program.run()
         return self.program.get(self.exit.index)
-
-
-__all__ = ["InferencePlan", "Value"]

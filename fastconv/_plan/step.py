@@ -13,8 +13,9 @@ from .. import _ext
 from .._fuse.module import FusedMixin
 from ..ops import current_backend
 from . import optim
-from .graph import Refused
-from .training import SCALAR_TYPES, TrainingPlan, loss_arguments
+from .backward import SCALAR_TYPES
+from .network import Refused
+from .training import TrainingPlan, loss_arguments
 
 if TYPE_CHECKING:
     from ..train import TrainStep

@@ -4,99 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .._fuse import runtime
 from .._fuse.analysis import Analysis, has_forward
 from .._fuse.module import FusedMixin, refresh
-from .._fuse.patterns import ACT_FUNCTIONS, ACT_METHODS
 from .._fuse.runtime import has_hooks
 from ..ops.fake import conv_output_size, pool_output_size
-
-
-class Refused(Exception):
-    """What keeps a model, or a call, out of a plan; str() is the reason."""
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor of the network: its shape, and how many nodes read it."""
-
-    shape: tuple[int, ...]
-    readers: int = 0
-
-
-@dataclass(eq=False)
-class Node:
-    """One step: ``op`` is conv, norm, max_pool, avg_pool, adaptive_avg_pool, linear, act, add, mul, cat, reshape, mean
-    or dropout; the rest of the fields are what that step needs."""
-
-    op: str
-    inputs: list[Value]
-    output: Value
-    module: nn.Module | None = None
-    bn: nn.Module | None = None
-    act: str = "identity"
-    residual: Value | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Network:
-    """nodes in order, with the modules whose state the flattening has relied on."""
-
-    input: Value
-    nodes: list[Node]
-    output: Value
-    modules: list[nn.Module]
-    reads: list[tuple[nn.Module, str]]
-
-    def state(self) -> list[Any]:
-        """What must stay as it was for the nodes to stay true; compare with an earlier one."""
-        found: list[Any] = [getattr(module, name, None) for module, name in self.reads]
-        for m in self.modules:
-            kind = type(m)
-            if isinstance(m, FusedMixin):
-                found += (m.__dict__.get("_fastconv_plan"), m.training, has_hooks(m))
-                continue
-            found += (kind, m.training, has_hooks(m), *m._parameters.values(), *m._buffers.values())
-            found += m._modules.values()
-            for name in _READ.get(kind, ()):
-                found.append(getattr(m, name))
-        return found
-
-
-_READ: dict[type, tuple[str, ...]] = {
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("eps", "momentum", "track_running_stats"),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.Dropout: ("p", "inplace"),
-    nn.Flatten: ("start_dim", "end_dim"),
-}
-
-
-_MODULE = frozenset(nn.Module().__dict__)
-
-
-def same_state(a: list[Any], b: list[Any]) -> bool:
-    """Identity, or equality of plain values: tensors and plans are compared by identity only."""
-    if len(a) != len(b):
-        return False
-    return all(
-        x is y or (not isinstance(x, (Tensor, nn.Module)) and _plain(x) and x == y) for x, y in zip(a, b, strict=True)
-    )
-
-
-def _plain(x: Any) -> bool:
-    return isinstance(x, (int, float, str, tuple, type(None), type))
+from . import steps
+from .network import MODULE_STATE, READ, Network, Node, Refused, Value, plain
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -142,7 +61,7 @@ class Flattener:
             if kwargs or len(args) != len(plan.names) or graph is None:
                 raise Refused(f"{type(module).__name__} runs its stock forward for such arguments")
             return self.run(module, graph, args)
-        leaf = _LEAVES.get(type(module))
+        leaf = steps.LEAVES.get(type(module))
         if leaf is not None:
             if kwargs or len(args) != 1:
                 raise Refused(f"a {type(module).__name__} is called with {len(args)} arguments")
@@ -161,9 +80,9 @@ class Flattener:
         if traces.probed or kwargs or len(args) != len(traces.names):
             raise Refused(f"{type(module).__name__} takes its arguments in a way that no plan follows")
         for name in sorted(traces.reads):
-            if name not in module.__dict__ or name in _MODULE:
+            if name not in module.__dict__ or name in MODULE_STATE:
                 continue  # of the class, or in state() anyway
-            if not _plain(getattr(module, name, self)):
+            if not plain(getattr(module, name, self)):
                 raise Refused(f"{type(module).__name__} reads self.{name}")
             self.reads.append((module, name))
         return self.run(module, traces.graphs["tensor", module.training], args)
@@ -184,8 +103,8 @@ class Flattener:
             elif node.op == "call_module":
                 env[node] = self.call(module.get_submodule(node.target), tuple(a), dict(k))
             else:
-                table = _FUNCTIONS if node.op == "call_function" else _METHODS
-                step = table.get(node.target) or _FOREIGN.get(_qualified(node.target))
+                table = steps.FUNCTIONS if node.op == "call_function" else steps.METHODS
+                step = table.get(node.target) or steps.foreign(node.target)
                 if step is None:
                     name = getattr(node.target, "__name__", node.target)
                     raise Refused(f"no step for {name}()")
@@ -352,134 +271,7 @@ class Flattener:
 
     def pooling(self, x: Value, module: nn.Module) -> Value:
         self.modules[id(module)] = module
-        if has_hooks(module) or type(module) not in runtime.POOL_MODULES:
+        if has_hooks(module) or type(module) not in runtime.POOLMODULE_STATES:
             raise Refused(f"a group's {type(module).__name__} is no plain pool any more")
-        op = runtime.POOL_MODULES[type(module)].removesuffix("2d")
-        return self.pool(op, x, **{name: getattr(module, name) for name in _READ[type(module)]})
-
-
-def _max_pool(f, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-    return f.pool(
-        "max_pool", input, kernel_size=kernel_size, stride=stride or None, padding=padding, dilation=dilation,
-        ceil_mode=ceil_mode, return_indices=return_indices,
-    )  # fmt: skip
-
-
-def _avg_pool(
-    f, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
-):
-    return f.pool(
-        "avg_pool", input, kernel_size=kernel_size, stride=stride or None, padding=padding, ceil_mode=ceil_mode,
-        count_include_pad=count_include_pad, divisor_override=divisor_override,
-    )  # fmt: skip
-
-
-def _size(f, x: Value, dim: int | None = None) -> Any:
-    return x.shape if dim is None else x.shape[dim]
-
-
-def _getattr(f, x: Any, name: str) -> Any:
-    if isinstance(x, Value) and name == "shape":
-        return x.shape
-    raise Refused(f"a tensor's .{name}")
-
-
-def _activations() -> dict[Any, Callable[..., Any]]:
-    def step(name: str, own: bool) -> Callable[..., Any]:
-        def run(f, input, inplace=False, negative_slope=0.01, approximate="none"):
-            if negative_slope != 0.01 or approximate != "none":
-                raise Refused(f"{name} with other parameters than the kernels'")
-            return f.activation(input, name, inplace or own)
-
-        return run
-
-    extra = {F.hardsigmoid: "hardsigmoid"}
-    named = {**ACT_FUNCTIONS, **extra}
-    return {function: step(name, function.__name__.endswith("_")) for function, name in named.items()}
-
-
-def _alias(f: Flattener, x: Any, *_: Any) -> Any:
-    return x  # layout alone: values are channels_last throughout
-
-
-def _act_method(name: str, inplace: bool) -> Callable[..., Any]:
-    return lambda f, x: f.activation(x, name, inplace)
-
-
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    runtime.conv_bn_act: lambda f, x, conv, bn, act, nhwc, add="", residual=None: f.conv(x, conv, bn, act, residual),
-    runtime.conv_act: lambda f, x, conv, act, nhwc, add="", residual=None: f.conv(x, conv, None, act, residual),
-    runtime.bn_act: lambda f, x, bn, act, nhwc, add="", residual=None: f.norm(x, bn, act, residual),
-    runtime.pool: lambda f, x, module, nhwc: f.pooling(x, module),
-    runtime.max_pool2d: _max_pool, F.max_pool2d: _max_pool, torch.max_pool2d: _max_pool,
-    runtime.avg_pool2d: _avg_pool, F.avg_pool2d: _avg_pool,
-    runtime.adaptive_avg_pool2d: lambda f, input, output_size: f.pool("adaptive_avg_pool", input, output_size=output_size),
-    F.adaptive_avg_pool2d: lambda f, input, output_size: f.pool("adaptive_avg_pool", input, output_size=output_size),
-    runtime.channels_last: _alias, runtime.contiguous: _alias, runtime.give_back: _alias,
-    runtime.came_contiguous: lambda f, *values: False,
-    runtime.drop: lambda f, x, module: f.call(module, (x,), {}),
-    runtime.dropout: lambda f, input, p=0.5, training=True, inplace=False: f.dropout(input, p, training, inplace),
-    F.dropout: lambda f, input, p=0.5, training=True, inplace=False: f.dropout(input, p, training, inplace),
-    runtime.view: lambda f, x, *shape: f.reshape(x, *shape),
-    torch.flatten: lambda f, input, start_dim=0, end_dim=-1: f.flatten(input, start_dim, end_dim),
-    torch.cat: lambda f, tensors, dim=0: f.cat(tensors, dim),
-    torch.mean: lambda f, input, dim=None, keepdim=False: f.mean(input, dim, keepdim),
-    operator.add: lambda f, a, b: f.binary("add", a, b), operator.iadd: lambda f, a, b: f.binary("add", a, b, True),
-    torch.add: lambda f, a, b: f.binary("add", a, b), operator.mul: lambda f, a, b: f.binary("mul", a, b),
-    torch.mul: lambda f, a, b: f.binary("mul", a, b),
-    operator.floordiv: lambda f, a, b: a // b if isinstance(a, int) and isinstance(b, int) else _refuse("floordiv"),
-    torch.transpose: lambda f, input, dim0, dim1: f.transpose(input, dim0, dim1),
-    torch.chunk: lambda f, input, chunks, dim=0: f.chunk(input, chunks, dim),
-    operator.getitem: lambda f, x, i: x[i] if isinstance(x, (tuple, list)) else _refuse("indexing a tensor"),
-    getattr: _getattr,
-    **_activations(),
-}  # fmt: skip
-_METHODS: dict[str, Callable[..., Any]] = {
-    "view": lambda f, x, *shape: f.reshape(x, *shape),
-    "reshape": lambda f, x, *shape: f.reshape(x, *shape),
-    "flatten": lambda f, x, start_dim=0, end_dim=-1: f.flatten(x, start_dim, end_dim),
-    "mean": lambda f, x, dim=None, keepdim=False: f.mean(x, dim, keepdim),
-    "size": _size,
-    "transpose": lambda f, x, dim0, dim1: f.transpose(x, dim0, dim1),
-    "chunk": lambda f, x, chunks, dim=0: f.chunk(x, chunks, dim),
-    "contiguous": _alias,
-    **{name: _act_method(act, name.endswith("_")) for name, act in ACT_METHODS.items()},
-}
-
-
-def _qualified(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
-
-
-def _stochastic_depth(f: Flattener, input: Value, p: float, mode: str, training: bool = True) -> Value:
-    return input if not training or p == 0.0 else _refuse("stochastic depth in training")
-
-
-# Functions of packages that need not be installed, by name.
-_FOREIGN = {"torchvision.ops.stochastic_depth.stochastic_depth": _stochastic_depth}
-
-
-def _refuse(reason: str) -> Any:
-    raise Refused(reason)
-
-
-def _module_activation(f: Flattener, module: nn.Module, x: Value) -> Value:
-    name = runtime.activation_name(module)
-    if type(module) is nn.Hardsigmoid:
-        name = "hardsigmoid"
-    if not name:
-        raise Refused(f"a {type(module).__name__} with parameters of its own")
-    return f.activation(x, name, getattr(module, "inplace", False))
-
-
-_LEAVES: dict[type, Callable[[Flattener, Any, Any], Any]] = {
-    nn.Identity: lambda f, m, x: x,
-    nn.Linear: lambda f, m, x: f.linear(x, m),
-    nn.Flatten: lambda f, m, x: f.flatten(x, m.start_dim, m.end_dim),
-    nn.Dropout: lambda f, m, x: f.dropout(x, m.p, m.training, m.inplace),
-    nn.Conv2d: lambda f, m, x: f.conv(x, m, None, None),
-    nn.BatchNorm2d: lambda f, m, x: f.norm(x, m, None),
-    nn.Hardsigmoid: _module_activation,
-    **{kind: _module_activation for kind in runtime.ACTIVATION_MODULES},
-    **{kind: (lambda f, m, x: f.pooling(x, m)) for kind in runtime.POOL_MODULES},
-}
+        op = runtime.POOLMODULE_STATES[type(module)].removesuffix("2d")
+        return self.pool(op, x, **{name: getattr(module, name) for name in READ[type(module)]})
