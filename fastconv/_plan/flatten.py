@@ -271,7 +271,7 @@ class Flattener:
 
     def pooling(self, x: Value, module: nn.Module) -> Value:
         self.modules[id(module)] = module
-        if has_hooks(module) or type(module) not in runtime.POOLMODULE_STATES:
+        if has_hooks(module) or type(module) not in runtime.POOL_MODULES:
             raise Refused(f"a group's {type(module).__name__} is no plain pool any more")
-        op = runtime.POOLMODULE_STATES[type(module)].removesuffix("2d")
+        op = runtime.POOL_MODULES[type(module)].removesuffix("2d")
         return self.pool(op, x, **{name: getattr(module, name) for name in READ[type(module)]})
