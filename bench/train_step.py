@@ -70,7 +70,14 @@ def competitors(name: str, batch: int, size: int, dtype: torch.dtype, device: to
     found["fastconv fuse"] = stepper(fastconv.fuse(own(), inplace=True), last, y, dtype)
     ours = fastconv.fuse(own(), inplace=True)
     planned = fastconv.TrainStep(ours, F.cross_entropy, optimizer_of(ours), autocast_dtype=half)
-    found["fastconv TrainStep"] = lambda: planned(last, y)
+
+    def plan() -> torch.Tensor:
+        loss = planned(last, y)
+        if device.type == "cpu" and planned.plan_reason:
+            raise AssertionError(f"no plan: {planned.plan_reason}")
+        return loss
+
+    found["fastconv TrainStep"] = plan
     return found
 
 

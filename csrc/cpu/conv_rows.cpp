@@ -44,7 +44,7 @@ constexpr int64_t kUpdateBytes = 1 << 20;   // of a weight gradient that is cons
 constexpr int64_t kInPlaceTiles = 32;       // data gradient, fp32: up to here weights are used where they lie
 constexpr int64_t kInPlaceUnits =
     512;  // and so many units of a tap: more rows of 4 KB stride fall out of L2 between tiles
-constexpr int64_t kDotRows = 32, kDotUnits = 11;  // forward: the same for at most 32 rows and units / 11
+constexpr int64_t kDotRows = 8, kDotUnits = 11;  // forward: the same for at most 8 rows and units / 11
 constexpr double kSerialWork = 1 << 18;  // multiply-adds; below, a parallel region (2-5 us) costs more than it saves
 
 RowsShape tile_shape() {
@@ -104,7 +104,8 @@ std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transpos
 // In place where packing costs more than it saves. Measured on ResNet50's shapes at batch 1 and 4, in place : packed,
 // us, one core: forward fp32 2048 -> 512 on 1x1 38 : 134 (1 row), 61 : 154 (4 rows); 1024 -> 256 on 2x2 45 : 59 (16
 // rows), 512 -> 128 on 4x4 42 : 40 (64 rows), 2048 -> 512 on 1x1 718 : 580 (64 rows); data gradient fp32 512 -> 2048 on
-// 1x1 74 : 132 (4 rows), 128 -> 128 3x3 on 4x4 56 : 66 (64 rows).
+// 1x1 74 : 132 (4 rows), 128 -> 128 3x3 on 4x4 56 : 66 (64 rows). On an Intel Xeon with 2 threads and cold weights the
+// 16 rows lose: 256 -> 1024 on 2x2 165 : 96, 1024 -> 256 106 : 79.
 template <class T>
 RowsWeights choose_weights(const RowsPlanData& d, bool transposed, RowsShape shape) {
   const RowsPlan& plan = d.plan;
