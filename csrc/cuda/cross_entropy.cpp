@@ -40,7 +40,8 @@ struct Problem {
     call.input = raw(x);
     call.weight = const_data<float>(weight);
     call.rows = input.size(0) * d;
-    call.classes = to_int(op, "the classes", classes), call.d = to_int(op, "the positions of one sample", d);
+    check_limit(op, loss_limit(call.rows, classes, d));
+    call.classes = static_cast<int>(classes), call.d = static_cast<int>(d);
     call.stride_n = d * classes, call.stride_c = rows ? 1 : d, call.stride_d = rows ? classes : 1;
     call.ignore_index = ignore_index;
     call.reduction = static_cast<int>(reduction);

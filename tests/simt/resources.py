@@ -20,15 +20,11 @@ from pathlib import Path
 
 import simt_lib
 
-from fastconv._kernels import cuobjdump, readable
+from fastconv._kernels import cuobjdump, launch_of, launch_table, readable, resident_blocks
 
 ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
 FAMILIES = ["conv", "norm", "pool", "loss"]
 DTYPES = {"fp32": "float", "fp16": "__half", "bf16": "__nv_bfloat16"}
-# Registers and shared memory of one SM; sm_120 is a consumer part with less of the latter.
-SM_REGISTERS = 65536
-SM_SMEM = {"sm_80": 164, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
-SM_THREADS = {"sm_80": 2048, "sm_90a": 2048, "sm_100": 2048, "sm_120": 1536}
 PATTERNS = {
     "HMMA": r"\bHMMA",
     "LDSM": r"\bLDSM",
@@ -92,28 +88,11 @@ def parse_sass(cubin: Path) -> dict[str, dict[str, int]]:
     return json.loads(cached.read_text())
 
 
-def dynamic_memory() -> dict[str, tuple[int, int]]:
-    """Traits -> threads, dynamic shared memory, of the convolution kernels."""
+def launches() -> dict[str, tuple[int, int]]:
+    """csrc/cuda/launch_table.cuh: kernel -> threads per block, dynamic shared memory."""
     lib = simt_lib.library("conv").lib
-    lib.simt_conv_table.restype = ctypes.c_char_p
-    table = {}
-    for line in lib.simt_conv_table().decode().splitlines():
-        name, threads, smem = line.split("|")
-        table[readable([name])[0]] = (int(threads), int(smem))
-    return table
-
-
-def threads_of(kernel: str, dynamic: dict) -> tuple[int, int]:
-    if m := re.match(r"conv_(?:gemm|wgrad)_kernel<(.*)>$", kernel):
-        return dynamic[m[1]]
-    known = {
-        "cross_entropy_finish": 1024,
-        "max_pool": 128,
-        "avg_pool": 128,
-        "depthwise_kernel": 128,
-        "batch_norm_fold": 128,
-    }
-    return next((n for key, n in known.items() if kernel.startswith(key)), 256), 0
+    lib.simt_launch_table.restype = ctypes.c_char_p
+    return launch_table(lib.simt_launch_table().decode())
 
 
 def gather(archs: list[str], families: list[str], dtypes: list[str], jobs: int = 2) -> dict[str, dict[str, dict]]:
@@ -121,17 +100,15 @@ def gather(archs: list[str], families: list[str], dtypes: list[str], jobs: int =
     work = [(f, d, a) for a in archs for f in families for d in dtypes]
     with ThreadPoolExecutor(jobs) as pool:
         built = list(pool.map(lambda w: compile_one(*w), work))
-    dynamic = dynamic_memory()
+    launched = launches()
     table: dict[str, dict[str, dict]] = {}
     for (_, _, arch), (cubin, log) in zip(work, built, strict=True):
         numbers, sass = parse_log(log), parse_sass(cubin)
         for mangled, name in zip(numbers, readable(list(numbers)), strict=True):
             entry = dict(numbers[mangled], **sass.get(mangled, {}))
-            entry["threads"], extra = threads_of(name, dynamic)
+            entry["threads"], extra = launch_of(name, launched)
             entry["smem"] += extra
-            by_registers = SM_REGISTERS // (-(-entry["registers"] // 8) * 8 * entry["threads"])
-            by_smem = SM_SMEM[arch] * 1024 // (entry["smem"] + 1024)  # 1 KiB of each block is the system's
-            entry["blocks"] = min(by_registers, by_smem, SM_THREADS[arch] // entry["threads"], 32)
+            entry["blocks"] = resident_blocks(arch, entry["registers"], entry["threads"], entry["smem"])
             table.setdefault(name, {})[arch] = entry
     return table
 
