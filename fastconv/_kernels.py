@@ -132,7 +132,10 @@ def parse(text: str, launches: dict[str, tuple[int, int]]) -> list[Kernel]:
             name = m[1]
         elif name and "REG:" in line:
             values = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-            rows.append((name, arch, values.get("REG", 0), values.get("STACK", 0), values.get("SHARED", 0)))
+            # From sm_90 on the dump counts the system's part of a block's shared memory too.
+            system = _SYSTEM_SHARED if int(re.sub(r"\D", "", arch)) >= 90 else 0
+            shared = max(values.get("SHARED", 0) - system, 0)
+            rows.append((name, arch, values.get("REG", 0), values.get("STACK", 0), shared))
             name = ""
     names = readable([row[0] for row in rows])
     found = [Kernel(short, *row[1:], *launch_of(short, launches)) for short, row in zip(names, rows, strict=True)]
