@@ -74,6 +74,26 @@ def test_the_table_comes_when_the_run_is_ended(tmp_path, slow):
     assert process.returncode == 1 and text.startswith("tune       interrupted")
 
 
+def test_counts_of_the_files_are_added_up(tmp_path):
+    """A run of pytest per file: their counts in one line, a file without tests of a GPU is no failure."""
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "*test_nn.py*) echo '1 failed, 2 passed, 4 skipped in 1.00s'; exit 1;;\n"
+        "*test_data.py*) echo '9 deselected in 0.10s'; exit 5;;\n"
+        "*) echo '=== 3 passed, 1 skipped in 62.00s (0:01:02) ===';;\n"
+        "esac\n"
+    )
+    program.chmod(0o755)
+    status, lines, _ = run(tmp_path / "out", "test", python=program)
+    log = (tmp_path / "out" / "test.log").read_text().splitlines()
+    files = int(re.search(r"(\d+) files$", log[-1])[1])
+    assert log[-1] == f"1 failed, 0 error, {2 + 3 * (files - 2)} passed, {4 + files - 2} skipped, {files} files"
+    assert status == 1 and lines[0].split()[:2] == ["test", "FAILED"] and lines[0].endswith(log[-1][-20:])
+    assert not any("test_triton_compile" in line for line in log)
+
+
 def test_unknown_parts_and_no_arguments(tmp_path):
     status, lines, errors = run(tmp_path / "out", "tun")
     assert status == 2 and not lines and "no part named tun (info build" in errors

@@ -6,6 +6,7 @@ No memory is needed: fake tensors on a GPU that is not there, and backends that 
 from __future__ import annotations
 
 import pytest
+import simt_backend
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -216,6 +217,31 @@ def test_limits_are_asked_while_tracing(monkeypatch):
         with pytest.raises(RuntimeError, match="cannot run this call: too many"):
             call(large)
     torch._dynamo.reset()
+
+
+def test_the_operators_refuse_too():
+    """Called without the choice of a backend; nothing of these sizes is allocated or copied before."""
+    missing = simt_backend.add()
+    if missing:
+        pytest.skip(f"backend simt: {missing}")
+    ops, one = torch.ops.fastconv_simt, torch.ones(1)
+    how = ((1, 1), (0, 0), (1, 1))
+
+    with pytest.raises(RuntimeError, match="conv2d_bias_act: elements of one input image: at most"):
+        ops.conv2d_bias_act(
+            one.expand(1, 64, 8192, 4096), one.expand(8, 64, 1, 1), None, None, *how, 1, "relu", False
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="conv2d_backward: output positions of the batch"):
+        shape = (1 << 15, 8, 256, 256)
+        ops.conv2d_backward(one.expand(shape), one.expand(shape), one.expand(8, 8, 1, 1), *how, 1, (False, True))
+    with pytest.raises(RuntimeError, match="avg_pool2d: divisor_override: less than"):
+        ops.avg_pool2d(torch.ones(1, 1, 4, 4), (2, 2), (2, 2), (0, 0), False, True, -(1 << 40))
+    with pytest.raises(RuntimeError, match="max_pool2d: positions of a window: at most"):
+        kernel = (1 << 16, 1 << 16)
+        ops.max_pool2d(one.expand(1, 1, 1 << 17, 1 << 17), kernel, kernel, (0, 0), (1, 1), False, False)
+    with pytest.raises(RuntimeError, match="cross_entropy: classes: at most"):
+        target = torch.zeros(1, dtype=torch.int64)
+        ops.cross_entropy(one.expand(1, BIG), target, None, 1, -100, 0.0)
 
 
 def test_triton_stride_classes():

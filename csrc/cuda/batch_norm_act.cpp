@@ -120,6 +120,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_act(
   const Act act = parse_act(op, {activation.data(), activation.size()});
   check_residual(op, residual, input, input.sizes());
   check_batch_norm(op, input.sizes(), input, args);
+  checked_channels(op, input.size(1));  // before anything is copied
   const Device device(input);
   const at::MemoryFormat format = input.suggest_memory_format();
   const at::Tensor x = nhwc(input), out = empty_nhwc(input.sizes(), input.options(), format);

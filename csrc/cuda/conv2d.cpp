@@ -15,9 +15,14 @@
 namespace fastconv::cuda {
 namespace {
 
+// The kernel for kFprop, kDgrad or kWgrad of this convolution.
+ConvKind conv_kind(const ConvParams& p, ConvKind kind) {
+  return is_depthwise(p) ? static_cast<ConvKind>(kind + kDepthwiseFprop) : kind;
+}
+
 // One dtype-independent call: everything but the operands. kind: of kFprop, kDgrad, kWgrad.
 ConvCall make_call(const char* op, const ConvParams& p, const at::Tensor& like, ConvKind kind) {
-  if (is_depthwise(p)) kind = static_cast<ConvKind>(kind + kDepthwiseFprop);
+  kind = conv_kind(p, kind);
   check_limit(op, conv_limit(p, kind));
   const auto i = [](int64_t v) { return static_cast<int>(v); };
   ConvCall call{};
@@ -122,6 +127,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
     return {dx, dw};
   }
   const Device device(input);
+  if (output_mask[0]) check_limit(op, conv_limit(p, conv_kind(p, kDgrad)));  // before anything is copied
+  if (output_mask[1]) check_limit(op, conv_limit(p, conv_kind(p, kWgrad)));
   const at::Tensor dy = nhwc(grad_output);
   if (output_mask[0]) {
     const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);

@@ -44,12 +44,12 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& input, at::IntAr
   check_dim(op, "input", input, 4);
   const PoolParams a = pool_params(op, input.sizes(), kernel_size, stride, padding, dilation, ceil_mode);
   if (save_offsets) check_area(op, a);
+  const PoolShape shape = pool_shape(op, a, PoolKind::kMax, save_offsets);
   const at::MemoryFormat format = input.suggest_memory_format();
   const std::array<int64_t, 4> sizes{a.n, a.c, a.p, a.q};
   const auto bytes = input.options().dtype(at::kByte);
   const at::Tensor offsets = save_offsets ? empty_nhwc(sizes, bytes, format) : no_tensor(bytes);
-  const at::Tensor out =
-      run(op, PoolKind::kMax, false, input, sizes, format, offsets, pool_shape(op, a, PoolKind::kMax, save_offsets));
+  const at::Tensor out = run(op, PoolKind::kMax, false, input, sizes, format, offsets, shape);
   return {out, save_offsets ? to_format(offsets, format) : offsets};
 }
 
