@@ -50,7 +50,8 @@ part_info() {
 part_build() {
   FASTCONV_CUDA=${FASTCONV_CUDA:-1} MAX_JOBS=${MAX_JOBS:-16} \
     "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps -e . &&
-    "$PYTHON" -m fastconv info --kernels
+    "$PYTHON" -m fastconv info --kernels &&
+    "$PYTHON" -c 'from fastconv import _ext; print("built for", _ext.build_info()["archs"])'
 }
 
 # The layouts of mma.sync and ldmatrix that the kernels rely on, on this GPU.

@@ -8,7 +8,7 @@ swizzle, ...
 Verdicts are kept in build/simt by the content of the kernels and tests that they were made with, so that a run which
 stops (--minutes) is taken up by the next one, and parts (--part 1/2, 2/2) can run side by side.
 Prints one line per fault and the score; exits 1 if a fault survives that is not listed, with its reason, in EQUIVALENT,
-3 where faults are left for another run. --write: mutation.md, once all faults have their verdict.
+3 where faults are left for another run. --write: mutation.md, with what is judged so far.
 """
 
 from __future__ import annotations
@@ -402,11 +402,13 @@ def page(all_faults: list[Fault], judged: dict[str, bool]) -> str:
         ("edits of the kernels", [f for f in all_faults if not f.skip and not f.file.startswith("../")]),
         ("edits of the launches (csrc/cuda/*.cu, *.cuh)", [f for f in all_faults if f.file.startswith("../")]),
     ):
-        survived = [f for f in kind if judged[f.name]]
+        done = [f for f in kind if f.name in judged]
+        survived = [f for f in done if judged[f.name]]
         invisible = [f for f in survived if f.name in EQUIVALENT]
-        caught = len(kind) - len(survived)
-        rows.append(f"| {title} | {len(kind)} | {caught} | {len(invisible)} | {len(survived) - len(invisible)} |")
-    head = ["| faults | made | caught | invisible by nature | survived |", "| --- | --- | --- | --- | --- |"]
+        counts = len(done) - len(survived), len(invisible), len(survived) - len(invisible), len(kind) - len(done)
+        rows.append(f"| {title} | {len(kind)} | {' | '.join(map(str, counts))} |")
+    head = ["| faults | listed | caught | invisible by nature | survived | not judged |"]
+    head += ["| --- " * 6 + "|"]
     seen = [f"- `{name}`: {why}" for name, why in EQUIVALENT.items() if judged.get(name)]
     return "\n".join(
         [
@@ -434,7 +436,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no fault after so many minutes")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th fault, from the I-th")
     parser.add_argument("--again", action="store_true", help="judge the survivors again")
-    parser.add_argument("--write", action="store_true", help="write mutation.md once every fault is judged")
+    parser.add_argument("--write", action="store_true", help="write mutation.md from what is judged so far")
     args = parser.parse_args()
     until = time.monotonic() + args.minutes * 60
     everything, verdicts = faults(), Verdicts()
@@ -459,7 +461,7 @@ def main() -> None:
     )
     for name in survivors:
         print("SURVIVED " + name)
-    if args.write and all(f.name in judged for f in everything):
+    if args.write:
         (simt_lib.HERE / "mutation.md").write_text(page(everything, judged))
     sys.exit(1 if survivors else 3 * (len(done) < len(work)))
 
