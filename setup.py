@@ -78,7 +78,7 @@ def cuda_release(home: Path) -> str:
     return after.partition(",")[0].strip()
 
 
-def decide_cuda(torch, sources: list[str]) -> tuple[Path | None, str]:
+def decide_cuda(torch) -> tuple[Path | None, str]:
     """(toolkit, reason): the toolkit to build with, or None and the reason in words."""
     wish = os.environ.get("FASTCONV_CUDA", "")
     if wish not in ("", "0", "1"):
@@ -95,8 +95,6 @@ def decide_cuda(torch, sources: list[str]) -> tuple[Path | None, str]:
             f"nvcc {cuda_release(home)} in {home} does not match torch's CUDA {torch.version.cuda}; "
             f"install CUDA toolkit {torch.version.cuda.split('.')[0]}.x or set CUDA_HOME to one"
         )
-    elif not sources:
-        reason = "this version has CUDA device code (csrc/cuda/kernels), but no host side that registers it yet"
     if reason and wish == "1":
         raise SystemExit(f"fastconv: FASTCONV_CUDA=1, but the CUDA kernels cannot be built: {reason}")
     return (None, reason) if reason else (home, "")
@@ -140,10 +138,10 @@ def extension():
         return [], {}
     os.chdir(ROOT)
     sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/host/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
-    if not sources:
-        raise SystemExit("fastconv: csrc/ holds no C++ sources; this source tree is not complete")
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
-    home, reason = decide_cuda(torch, cuda_sources)
+    if not sources or not cuda_sources:
+        raise SystemExit("fastconv: csrc/ lacks C++ or CUDA sources; this source tree is not complete")
+    home, reason = decide_cuda(torch)
     if home is not None:
         os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: it reads it once
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(torch)

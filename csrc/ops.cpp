@@ -9,11 +9,14 @@
 
 #include "build_id.h"
 #include "cpu/isa.h"
+#include "cuda_limit.h"
 #include "schemas.h"
 #include "signature.h"
 
 #ifdef FASTCONV_WITH_CUDA
 #include <cuda.h>
+
+#include "cuda/api.h"
 #endif
 
 TORCH_LIBRARY(fastconv, m) { fastconv::define_operators(m); }
@@ -71,5 +74,10 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastconv's compiled operators; importing this module registers torch.ops.fastconv";
   m.def("build_info", &build_info, "How this module was built: name -> text (empty where it does not apply).");
+  m.def("cuda_limit", &fastconv::cuda_limit,
+        "Why the CUDA kernels cannot run a call of these sizes, or an empty text.");
+#ifdef FASTCONV_WITH_CUDA
+  m.def("kernel_launches", &fastconv::kernel_launches, "Lines: kernel|threads per block|dynamic shared memory.");
+#endif
   m.def("signature", &fastconv::signature, "What decides the backend of a call on a tuple of tensors, as bytes.");
 }

@@ -13,10 +13,9 @@ import sys
 import torch
 
 from . import _ext
+from ._measured import cpu_model, store_of
 from ._version import __version__
 from .ops import backends
-from .ops.choice import store_of
-from .ops.keys import cpu_model
 
 
 def _version_of(package: str) -> str:

@@ -1,8 +1,8 @@
 """Measures a model's calls ahead of their first use: ``python -m fastconv tune --model resnet50 --batch-size 128``.
 
 A tuning run makes one training step and one inference step of the fused model, collects the distinct calls in them,
-measures every backend of each (ops/measure.py), and keeps the times in the cache (ops/cache.py). For a model of your
-own, run it inside :func:`measuring`.
+measures every backend of each (ops/measure.py), and keeps the times in the cache (fastconv/_cache.py). For a model of
+your own, run it inside :func:`measuring`.
 """
 
 from __future__ import annotations

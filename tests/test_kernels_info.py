@@ -18,7 +18,7 @@ Resource usage:
  Common:
   GLOBAL:0
  Function _ZN8fastconv15max_pool_kernelI6__halfLi8EEEvNS_10PoolParamsIT_EE:
-  REG:47 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:1096 TEXTURE:0 SURFACE:0 SAMPLER:0
+  REG:47 STACK:8 SHARED:2048 LOCAL:0 CONSTANT[0]:1096 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 
@@ -30,10 +30,37 @@ def compiled() -> list[_kernels.Kernel]:
 
 
 def test_a_dump_is_read():
-    (kernel,) = _kernels.parse(DUMP)
-    assert (kernel.arch, kernel.registers, kernel.stack, kernel.shared) == ("sm_90a", 47, 8, 1024)
-    assert "max_pool_kernel" in kernel.name
-    assert "47 +8" in _kernels.table([kernel])
+    name = "max_pool_kernel<fp16, 8>" if _kernels.shutil.which("c++filt") else DUMP.split("Function ")[1].split(":")[0]
+    (kernel,) = _kernels.parse(DUMP, {name: (128, 4096)})
+    assert (kernel.arch, kernel.registers, kernel.stack, kernel.static_shared) == ("sm_90a", 47, 8, 1024)
+    assert (kernel.name, kernel.threads, kernel.dynamic_shared) == (name, 128, 4096)
+    assert kernel.blocks == 65536 // (48 * 128)
+    row = _kernels.table([kernel]).splitlines()[-1]
+    assert row.split() == ["47", "+8", "/", "10", "128", "1024", "4096", *name.split()]
+
+
+def test_resident_blocks_by_what_runs_out_first():
+    assert _kernels.resident_blocks("sm_90a", 32, 256, 0) == 8, "threads"
+    assert _kernels.resident_blocks("sm_90a", 32, 32, 0) == 32, "blocks"
+    assert _kernels.resident_blocks("sm_120", 32, 32, 0) == 24
+    assert _kernels.resident_blocks("sm_80", 255, 256, 0) == 1, "registers"
+    assert _kernels.resident_blocks("sm_80", 32, 128, 40 * 1024) == 4, "shared memory: 164 KiB, 41 each"
+    assert _kernels.resident_blocks("sm_30", 32, 128, 0) is None
+
+
+def test_every_kernel_is_launched_as_the_table_says():
+    """Threads and dynamic shared memory of every compiled kernel, and no row that stands for none of them."""
+    found = compiled()
+    launches = _kernels.launch_table(_ext.MODULE.kernel_launches())
+    names = {k.name for k in found}
+    assert {
+        name for name in launches if name not in names and name not in {n.partition("<")[0] for n in names}
+    } == set()
+    for k in found:
+        assert k.threads % 32 == 0 and 32 <= k.threads <= 1024
+        assert k.blocks is None or k.blocks >= 1, f"{k.name} does not fit {k.arch}"
+        # the convolutions live in dynamic shared memory, the others in static
+        assert (k.dynamic_shared > 0) == k.name.startswith(("conv_gemm_kernel", "conv_wgrad_kernel")), k.name
 
 
 def test_every_operator_has_its_kernels_for_every_architecture():
@@ -60,4 +87,4 @@ def test_no_convolution_in_16_bits_spills():
 def test_the_command_prints_the_table_or_the_reason(capsys):
     status = program.main(["info", "--kernels"])
     text = capsys.readouterr().out
-    assert ("kernels; registers per thread" in text) if status == 0 else ("CUDA kernels: " in text)
+    assert ("kernels. By architecture: registers per thread" in text) if status == 0 else ("CUDA kernels: " in text)

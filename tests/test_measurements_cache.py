@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.ops import cache
-from fastconv.ops.cache import FORMAT, Measurements
+from fastconv import _cache as cache
+from fastconv._cache import FORMAT, Measurements
 
 ENTRY = {"ms": {"cpu": [1.0, 2.0], "aten": [3.0]}}
 SLOWER = {"ms": {"cpu": [9.0, 9.0], "aten": [1.0]}}
@@ -71,7 +71,7 @@ def test_old_environments_make_room(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from fastconv.ops.cache import Measurements
+from fastconv._cache import Measurements
 store = Measurements(Path(sys.argv[1]), "here")
 for i in range(60):
     store.put(f"{sys.argv[2]} {i}", {"ms": {"cpu": [float(i)]}})

@@ -74,28 +74,27 @@ def test_wrong_cuda_home_is_named_and_passed_over(setup_py, toolkit, monkeypatch
 
 
 def test_cuda_is_taken_when_there(setup_py, toolkit):
-    assert setup_py.decide_cuda(_torch(), ["a.cu"]) == (toolkit, "")
+    assert setup_py.decide_cuda(_torch()) == (toolkit, "")
 
 
 def test_fastconv_cuda_0_leaves_it_out(setup_py, toolkit, monkeypatch):
     monkeypatch.setenv("FASTCONV_CUDA", "0")
-    assert setup_py.decide_cuda(_torch(), ["a.cu"]) == (None, "FASTCONV_CUDA=0")
+    assert setup_py.decide_cuda(_torch()) == (None, "FASTCONV_CUDA=0")
 
 
 @pytest.mark.parametrize(
-    "torch, sources, text",
+    "torch, text",
     [
-        (_torch(cuda=None), ["a.cu"], "this torch was built without CUDA; install a CUDA build of torch"),
-        (_torch(cuda="12.8"), ["a.cu"], "does not match torch's CUDA 12.8; install CUDA toolkit 12.x"),
-        (_torch(), [], "no host side that registers it yet"),
+        (_torch(cuda=None), "this torch was built without CUDA; install a CUDA build of torch"),
+        (_torch(cuda="12.8"), "does not match torch's CUDA 12.8; install CUDA toolkit 12.x"),
     ],
 )
-def test_reasons_against_cuda(setup_py, toolkit, monkeypatch, torch, sources, text):
-    home, reason = setup_py.decide_cuda(torch, sources)
+def test_reasons_against_cuda(setup_py, toolkit, monkeypatch, torch, text):
+    home, reason = setup_py.decide_cuda(torch)
     assert home is None and text in reason
     monkeypatch.setenv("FASTCONV_CUDA", "1")
     with pytest.raises(SystemExit, match="FASTCONV_CUDA=1, but the CUDA kernels cannot be built") as error:
-        setup_py.decide_cuda(torch, sources)
+        setup_py.decide_cuda(torch)
     assert text in str(error.value)
 
 
@@ -103,13 +102,13 @@ def test_no_cuda_compiler_says_what_to_install(setup_py, toolkit, monkeypatch):
     monkeypatch.setattr(setup_py, "find_cuda_home", lambda: None)
     monkeypatch.setenv("FASTCONV_CUDA", "1")
     with pytest.raises(SystemExit, match="install the CUDA toolkit"):
-        setup_py.decide_cuda(_torch(), ["a.cu"])
+        setup_py.decide_cuda(_torch())
 
 
 def test_fastconv_cuda_takes_0_or_1_only(setup_py, toolkit, monkeypatch):
     monkeypatch.setenv("FASTCONV_CUDA", "yes")
     with pytest.raises(SystemExit, match="FASTCONV_CUDA expected 0 or 1, got 'yes'"):
-        setup_py.decide_cuda(_torch(), ["a.cu"])
+        setup_py.decide_cuda(_torch())
 
 
 def test_architectures(setup_py, toolkit, monkeypatch):

@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor> act_bias_backward(const at::Tensor& grad_outp
   if (g.numel() > 0 && (output_mask[0] || output_mask[1])) {
     const Device device(grad_output);
     call.grad_output = raw(g), call.saved = raw(s), call.grad_preact = raw(preact), call.grad_bias = raw(sums);
-    call.rows = g.numel() / channels, call.channels = to_int(op, "the channels", channels);
+    call.rows = g.numel() / channels, call.channels = checked_channels(op, channels);
     call.act = static_cast<int>(act);
     call.blocks = column_blocks(device), call.min_rows = kMinRows;
     at::Tensor partial;

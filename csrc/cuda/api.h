@@ -15,7 +15,8 @@ namespace fastconv {
 
 using LaunchStream = void*;  // a cudaStream_t
 
-enum ConvKind : int { kFprop, kDgrad, kWgrad, kDepthwiseFprop, kDepthwiseDgrad, kDepthwiseWgrad };
+// Lines "kernel|threads per block|dynamic shared memory" of everything that is launched (launch_table.cuh).
+std::string kernel_launches();
 
 struct ConvCall {
   const void *a, *b;  // fprop: x, w   dgrad: dy, w   wgrad: dy, x

@@ -62,7 +62,7 @@ BatchNormStats batch_norm_forward(const char* op, const Device& device, const at
   call.running_mean = raw(running.mean), call.running_var = raw(running.var);
   call.batches = counts ? count->data_ptr() : nullptr;
   call.save_mean = data<float>(stats.mean), call.save_invstd = data<float>(stats.invstd);
-  call.channels = to_int(op, "the channels", channels);
+  call.channels = checked_channels(op, channels);
   call.rows = x.numel() / channels;
   call.training = args.training;
   call.act = static_cast<int>(act);
@@ -100,7 +100,7 @@ BatchNormScale fold_batch_norm(const char* op, const Device& device, const at::T
   call.conv_bias = raw(extra);
   call.scale = data<float>(fold.scale), call.shift = data<float>(fold.shift);
   call.mean = data<float>(fold.stats.mean), call.invstd = data<float>(fold.stats.invstd);
-  call.channels = to_int(op, "the channels", channels);
+  call.channels = checked_channels(op, channels);
   call.eps = static_cast<float>(args.eps);
   check_launch(op, batch_norm_fold(call, device.stream()));
   return fold;
@@ -120,6 +120,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_act(
   const Act act = parse_act(op, {activation.data(), activation.size()});
   check_residual(op, residual, input, input.sizes());
   check_batch_norm(op, input.sizes(), input, args);
+  checked_channels(op, input.size(1));  // before anything is copied
   const Device device(input);
   const at::MemoryFormat format = input.suggest_memory_format();
   const at::Tensor x = nhwc(input), out = empty_nhwc(input.sizes(), input.options(), format);

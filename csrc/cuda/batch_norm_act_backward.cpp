@@ -41,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
     call.weight = raw(w), call.bias = raw(b);
     call.mean = const_data<float>(mu), call.invstd = const_data<float>(inv);
     call.dx = raw(dx), call.dresidual = raw(dres), call.dweight = raw(dweight), call.dbias = raw(dbias);
-    call.rows = input.numel() / channels, call.channels = to_int(op, "the channels", channels);
+    call.rows = input.numel() / channels, call.channels = checked_channels(op, channels);
     call.params_float = fp32, call.training = training, call.act = static_cast<int>(saved.act);
     call.blocks = column_blocks(device), call.min_rows = kMinRows;
     const int64_t chunks = most_column_chunks(call.dtype, call.rows, call.channels, call.blocks, call.min_rows);

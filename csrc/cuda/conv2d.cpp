@@ -15,22 +15,19 @@
 namespace fastconv::cuda {
 namespace {
 
-ConvShape conv_shape(const char* op, const ConvParams& p) {
-  const auto i = [&](const char* name, int64_t v) { return to_int(op, name, v); };
-  return {i("the batch", p.n),          i("the input's height", p.h),  i("the input's width", p.w),
-          i("the channels", p.c),       i("the filters", p.k),         i("the filter's height", p.r),
-          i("the filter's width", p.s), i("the output's height", p.p), i("the output's width", p.q),
-          i("stride", p.stride_h),      i("stride", p.stride_w),       i("padding", p.pad_h),
-          i("padding", p.pad_w),        i("dilation", p.dil_h),        i("dilation", p.dil_w),
-          i("groups", p.groups)};
+// The kernel for kFprop, kDgrad or kWgrad of this convolution.
+ConvKind conv_kind(const ConvParams& p, ConvKind kind) {
+  return is_depthwise(p) ? static_cast<ConvKind>(kind + kDepthwiseFprop) : kind;
 }
 
-bool is_depthwise(const ConvShape& g) { return g.groups > 1 && g.groups == g.c && g.k == g.c; }
-
-// One dtype-independent call: everything but the operands.
-ConvCall make_call(const char* op, const ConvShape& shape, const at::Tensor& like, ConvKind kind) {
+// One dtype-independent call: everything but the operands. kind: of kFprop, kDgrad, kWgrad.
+ConvCall make_call(const char* op, const ConvParams& p, const at::Tensor& like, ConvKind kind) {
+  kind = conv_kind(p, kind);
+  check_limit(op, conv_limit(p, kind));
+  const auto i = [](int64_t v) { return static_cast<int>(v); };
   ConvCall call{};
-  call.shape = shape;
+  call.shape = {i(p.n), i(p.h),        i(p.w),        i(p.c),     i(p.k),     i(p.r),     i(p.s),     i(p.p),
+                i(p.q), i(p.stride_h), i(p.stride_w), i(p.pad_h), i(p.pad_w), i(p.dil_h), i(p.dil_w), i(p.groups)};
   call.dtype = dtype_number(op, like);
   call.kind = kind;
   call.splits = 1;
@@ -64,13 +61,10 @@ at::Tensor choose(ConvCall& call, const at::Tensor& like, const Device& device, 
 at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& p, const at::Tensor& input,
                         const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
                         ConvStatistics* stats) {
+  ConvCall call = make_call(op, p, input, kFprop);
   const at::Tensor out = empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
-  const ConvShape shape = conv_shape(op, p);
-  dtype_number(op, input);
   if (p.n == 0) return out;
   const at::Tensor x = nhwc(input), w = weight.contiguous(at::MemoryFormat::ChannelsLast);
-  const bool depthwise = is_depthwise(shape);
-  ConvCall call = make_call(op, shape, x, depthwise ? kDepthwiseFprop : kFprop);
   call.a = raw(x), call.b = raw(w), call.out = raw(out);
   call.scale = const_data<float>(epilogue.scale), call.shift = const_data<float>(epilogue.shift);
   const at::Tensor bias = epilogue.bias.defined() ? epilogue.bias.contiguous() : at::Tensor();
@@ -81,7 +75,7 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
   }
   call.residual = raw(epilogue.residual), call.preact = raw(epilogue.pre);
   call.act = static_cast<int>(epilogue.act);
-  const bool want_stats = stats != nullptr && !depthwise;
+  const bool want_stats = stats != nullptr && call.kind == kFprop;
   const at::Tensor partial = choose(call, x, device, want_stats);
   if (want_stats) {
     stats->part_rows = conv_tile_rows(call);
@@ -124,7 +118,6 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
   constexpr const char* op = "conv2d_backward";
   const PlainDispatch guard;
   const ConvParams p = conv_backward_params(op, grad_output, input, weight, stride, padding, dilation, groups);
-  const ConvShape shape = conv_shape(op, p);
   dtype_number(op, input);
   const auto format_x = input.suggest_memory_format(), format_w = weight.suggest_memory_format();
   at::Tensor dx = no_tensor(input.options()), dw = no_tensor(weight.options());
@@ -134,12 +127,13 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
     return {dx, dw};
   }
   const Device device(input);
-  const bool depthwise = is_depthwise(shape);
+  if (output_mask[0]) check_limit(op, conv_limit(p, conv_kind(p, kDgrad)));  // before anything is copied
+  if (output_mask[1]) check_limit(op, conv_limit(p, conv_kind(p, kWgrad)));
   const at::Tensor dy = nhwc(grad_output);
   if (output_mask[0]) {
     const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
     dx = empty_nhwc(input.sizes(), input.options(), format_x);
-    ConvCall call = make_call(op, shape, dy, depthwise ? kDepthwiseDgrad : kDgrad);
+    ConvCall call = make_call(op, p, dy, kDgrad);
     call.a = raw(dy), call.b = raw(w), call.out = raw(dx);
     const at::Tensor partial = choose(call, dy, device, false);
     check_launch(op, conv(call, device.stream()));
@@ -148,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
   if (output_mask[1]) {
     const at::Tensor x = nhwc(input);
     dw = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
-    ConvCall call = make_call(op, shape, dy, depthwise ? kDepthwiseWgrad : kWgrad);
+    ConvCall call = make_call(op, p, dy, kWgrad);
     call.a = raw(dy), call.b = raw(x), call.out = raw(dw);
     const at::Tensor partial = choose(call, dy, device, false);
     check_launch(op, conv(call, device.stream()));

@@ -23,11 +23,11 @@ constexpr int64_t kMaxSplitBytes = 64 << 20;  // of fp32 partial sums: more woul
 inline double live_taps(int in, int out, int taps, int stride, int pad, int dil) {
   if (out > 64) return taps;  // the border hardly counts
   int64_t live = 0;
-  for (int p = 0; p < out; ++p) {
-    for (int t = 0; t < taps; ++t) {
-      const int at = p * stride - pad + t * dil;
-      live += at >= 0 && at < in;
-    }
+  for (int t = 0; t < taps; ++t) {  // the positions p with 0 <= p stride + from < in
+    const int from = t * dil - pad;
+    const int first = from >= 0 ? 0 : (-from + stride - 1) / stride;
+    const int last = in - 1 < from ? -1 : std::min((in - 1 - from) / stride, out - 1);
+    live += std::max(last - first + 1, 0);
   }
   return std::max(static_cast<double>(live) / out, 1.0);
 }
@@ -42,12 +42,12 @@ struct GemmView {
 
 inline GemmView gemm_view(const ConvShape& g, ConvKind kind) {
   const int64_t cg = g.c / g.groups, kg = g.k / g.groups, positions = static_cast<int64_t>(g.n) * g.p * g.q;
-  const double taps =
-      live_taps(g.h, g.p, g.r, g.stride_h, g.pad_h, g.dil_h) * live_taps(g.w, g.q, g.s, g.stride_w, g.pad_w, g.dil_w);
-  if (kind == kFprop) return {positions, kg, taps * cg, g.groups, positions * g.k};
   if (kind == kWgrad)
     return {kg, static_cast<int64_t>(g.r) * g.s * cg, static_cast<double>(positions), g.groups,
             static_cast<int64_t>(g.k) * g.r * g.s * cg};
+  const double taps =
+      live_taps(g.h, g.p, g.r, g.stride_h, g.pad_h, g.dil_h) * live_taps(g.w, g.q, g.s, g.stride_w, g.pad_w, g.dil_w);
+  if (kind == kFprop) return {positions, kg, taps * cg, g.groups, positions * g.k};
   const int64_t classes = static_cast<int64_t>(std::min(g.stride_h, g.h)) * std::min(g.stride_w, g.w);
   const int64_t pixels = static_cast<int64_t>(g.n) * g.h * g.w;
   return {(pixels + classes - 1) / classes, cg, std::max(taps * kg / classes, 1.0), g.groups * classes, pixels * g.c};

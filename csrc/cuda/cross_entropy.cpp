@@ -25,6 +25,8 @@ struct Problem {
       : checked(check_cross_entropy(op, input, target_in, weight_in, reduction, ignore_index, label_smoothing)),
         rows(classes_last(input, checked.d)) {
     dtype_number(op, input);
+    const int64_t classes = input.size(1), d = checked.d, positions = input.size(0) * d;
+    check_limit(op, loss_limit(positions, classes, d));
     x = arrange_classes(input, rows);
     if (checked.probabilities) {
       // One dtype for both: fp32 where they differ, so that fp32 probabilities beside 16-bit logits lose nothing.
@@ -36,11 +38,10 @@ struct Problem {
       (target.scalar_type() == at::kByte ? call.target_u8 : call.target) = raw(target);
     }
     if (given(weight_in)) weight = weight_in->to(at::kFloat).contiguous();
-    const int64_t classes = input.size(1), d = checked.d;
     call.input = raw(x);
     call.weight = const_data<float>(weight);
-    call.rows = input.size(0) * d;
-    call.classes = to_int(op, "the classes", classes), call.d = to_int(op, "the positions of one sample", d);
+    call.rows = positions;
+    call.classes = static_cast<int>(classes), call.d = static_cast<int>(d);
     call.stride_n = d * classes, call.stride_c = rows ? 1 : d, call.stride_d = rows ? classes : 1;
     call.ignore_index = ignore_index;
     call.reduction = static_cast<int>(reduction);

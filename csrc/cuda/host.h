@@ -4,11 +4,11 @@
 #include <ATen/ops/empty.h>
 
 #include <initializer_list>
-#include <limits>
 #include <string>
 
 #include "../host/tensor.h"
 #include "device.h"
+#include "kernels/size_limits.h"
 
 namespace fastconv::cuda {
 
@@ -31,10 +31,12 @@ inline void check_launch(const char* op, const std::string& message) {
   TORCH_CHECK(message.empty(), op, ": ", message);
 }
 
-// Sizes of one image, window or filter are 32-bit in the kernels; offsets into whole tensors are 64-bit.
-inline int to_int(const char* op, const char* name, int64_t value) {
-  TORCH_CHECK(value <= std::numeric_limits<int>::max(), op, ": ", name, " expected less than 2^31, got ", value);
-  return static_cast<int>(value);
+// What kernels/size_limits.h says of a call.
+inline void check_limit(const char* op, const std::string& limit) { TORCH_CHECK(limit.empty(), op, ": ", limit); }
+
+inline int checked_channels(const char* op, int64_t channels) {
+  check_limit(op, channel_limit(channels));
+  return static_cast<int>(channels);
 }
 
 inline void* raw(const at::Tensor& t) { return data<void>(t); }

@@ -8,15 +8,14 @@
 namespace fastconv::cuda {
 namespace {
 
-PoolShape pool_shape(const char* op, const PoolParams& a) {
-  const auto i = [&](const char* name, int64_t v) { return to_int(op, name, v); };
+PoolShape pool_shape(const char* op, const PoolParams& a, PoolKind kind, bool offsets, int64_t divisor_override = 0) {
+  check_limit(op, pool_limit(a, kind, offsets, divisor_override));
+  const auto i = [](int64_t v) { return static_cast<int>(v); };
   PoolShape g{};
-  g.n = i("the batch", a.n), g.h = i("the input's height", a.h), g.w = i("the input's width", a.w);
-  g.c = i("the channels", a.c), g.p = i("the output's height", a.p), g.q = i("the output's width", a.q);
-  g.r = i("kernel_size", a.r), g.s = i("kernel_size", a.s);
-  g.stride_h = i("stride", a.stride_h), g.stride_w = i("stride", a.stride_w);
-  g.pad_h = i("padding", a.pad_h), g.pad_w = i("padding", a.pad_w);
-  g.dil_h = i("dilation", a.dil_h), g.dil_w = i("dilation", a.dil_w);
+  g.n = i(a.n), g.h = i(a.h), g.w = i(a.w), g.c = i(a.c), g.p = i(a.p), g.q = i(a.q), g.r = i(a.r), g.s = i(a.s);
+  g.stride_h = i(a.stride_h), g.stride_w = i(a.stride_w), g.pad_h = i(a.pad_h), g.pad_w = i(a.pad_w);
+  g.dil_h = i(a.dil_h), g.dil_w = i(a.dil_w);
+  g.divisor_override = i(divisor_override);
   return g;
 }
 
@@ -45,11 +44,12 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& input, at::IntAr
   check_dim(op, "input", input, 4);
   const PoolParams a = pool_params(op, input.sizes(), kernel_size, stride, padding, dilation, ceil_mode);
   if (save_offsets) check_area(op, a);
+  const PoolShape shape = pool_shape(op, a, PoolKind::kMax, save_offsets);
   const at::MemoryFormat format = input.suggest_memory_format();
   const std::array<int64_t, 4> sizes{a.n, a.c, a.p, a.q};
   const auto bytes = input.options().dtype(at::kByte);
   const at::Tensor offsets = save_offsets ? empty_nhwc(sizes, bytes, format) : no_tensor(bytes);
-  const at::Tensor out = run(op, PoolKind::kMax, false, input, sizes, format, offsets, pool_shape(op, a));
+  const at::Tensor out = run(op, PoolKind::kMax, false, input, sizes, format, offsets, shape);
   return {out, save_offsets ? to_format(offsets, format) : offsets};
 }
 
@@ -62,15 +62,15 @@ at::Tensor max_pool2d_backward(const at::Tensor& grad_output, const at::Tensor& 
       max_pool_backward_params(op, grad_output, offsets, input_size, kernel_size, stride, padding, dilation);
   const std::array<int64_t, 4> sizes{a.n, a.c, a.h, a.w};
   return run(op, PoolKind::kMax, true, grad_output, sizes, memory_format(channels_last), nhwc(offsets),
-             pool_shape(op, a));
+             pool_shape(op, a, PoolKind::kMax, true));
 }
 
 PoolShape average_shape(const char* op, at::IntArrayRef sizes, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                         at::IntArrayRef padding, bool ceil_mode, bool count_include_pad,
                         std::optional<int64_t> divisor_override) {
-  PoolShape g = pool_shape(op, avg_pool_params(op, sizes, kernel_size, stride, padding, ceil_mode, divisor_override));
+  PoolShape g = pool_shape(op, avg_pool_params(op, sizes, kernel_size, stride, padding, ceil_mode, divisor_override),
+                           PoolKind::kAvg, false, divisor_override.value_or(0));
   g.count_include_pad = count_include_pad;
-  g.divisor_override = to_int(op, "divisor_override", divisor_override.value_or(0));
   return g;
 }
 
@@ -104,7 +104,7 @@ at::Tensor avg_pool2d_backward(const at::Tensor& grad_output, at::IntArrayRef in
 PoolShape adaptive_shape(const char* op, int64_t n, int64_t c, int64_t h, int64_t w, int64_t p, int64_t q) {
   PoolParams a{};
   a.n = n, a.c = c, a.h = h, a.w = w, a.p = p, a.q = q;
-  return pool_shape(op, a);
+  return pool_shape(op, a, PoolKind::kAdaptiveAvg, false);
 }
 
 at::Tensor adaptive_avg_pool2d(const at::Tensor& input, at::IntArrayRef output_size) {

@@ -5,7 +5,7 @@ thread). What is not in it goes the long way once:
 
 1. The backends of the device's fixed order that can run the call; ``aten`` always can.
 2. FASTCONV_TUNE=0, deterministic algorithms, or nothing to choose from: the first of them.
-3. A measurement of this class of calls (ops/keys.py) in memory or on disk (ops/cache.py): the fastest.
+3. A measurement of this class of calls (ops/keys.py) in memory or on disk (fastconv/_cache.py): the fastest.
 4. Else it is measured now (ops/measure.py): on a GPU by default, on a CPU only where asked for (FASTCONV_TUNE=1,
    ``python -m fastconv tune``): there the fixed order is right nearly everywhere, see bench/results. Never inside a
    trace, a graph capture or another state that timing would disturb: such a call takes the first of the fixed order,
@@ -18,7 +18,6 @@ store, the others take it from there. No collective, so ranks with other shapes 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,10 +27,11 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from .. import _measured as measured
+from .._measured import Policy, again, agreed, fixed, store_of
 from ..triton import conv_config
 from . import keys, registry
-from .cache import Measurements, folder
-from .measure import Result, measure, unsettled
+from .measure import measure, unsettled
 
 log = logging.getLogger("fastconv")
 
@@ -58,40 +58,24 @@ class Explained(BaseException):
         self.decision = decision
 
 
-@dataclass
-class Policy:
-    """How a tuning run (fastconv/tune.py) changes the way calls are decided."""
-
-    measure: bool  # False: only visit
-    visit: Callable[[str, str, Sequence[str]], None]  # (operator, class, names) of every call before it is decided
-    done: Callable[[str, Result], None]  # (class, result) of every measurement
-    again: bool = False  # measure what was measured before this run too
-    seconds: float | None = None
-    fresh: set[str] = field(default_factory=set)
-
-
 # name given to use_backend -> key of a call -> backend
 _known: defaultdict[str, dict] = defaultdict(dict)
 # The same for calls that have to be measured and could not be yet: asked again, but only for the state they are in.
 _waiting: dict[tuple, str] = {}
-_stores: dict[str, Measurements] = {}  # by environment
 _measuring = threading.RLock()
-_thread = threading.local()
-policy: Policy | None = None
 
 
 def forget() -> None:
     """Drops every decision and measurement of this process; the disk is read again at the next call."""
     _known.clear()
     _waiting.clear()
-    _stores.clear()
+    measured.forget()
     conv_config.forget()
 
 
 def set_policy(new: Policy | None) -> Policy | None:
     """Installs ``new``, returns the former one; decisions made under another policy are dropped."""
-    global policy
-    before, policy = policy, new
+    before, measured.policy = measured.policy, new
     _known.clear()
     _waiting.clear()
     conv_config.forget()
@@ -133,8 +117,8 @@ def select(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: 
     dual = torch.autograd.forward_ad._current_level >= 0
     if found is not None and not dual:
         return found
-    explaining = getattr(_thread, "explaining", False)
-    if key is None or key[-1] is None or dual or explaining or policy is not None:
+    explaining = getattr(measured.thread, "explaining", False)
+    if key is None or key[-1] is None or dual or explaining or measured.policy is not None:
         decision = _decide(op, tensors, settings, limit, run)
         if explaining:
             raise Explained(decision)
@@ -152,24 +136,26 @@ def select(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: 
 
 def explain(call: Callable[[], object]) -> Decision | None:
     """The decision that ``call`` would get, without running or measuring anything; None if it made no choice."""
-    kept, _thread.explaining = dict(_known), True
+    kept, measured.thread.explaining = dict(_known), True
     _known.clear()
     try:
         call()
     except Explained as found:
         return found.decision
     finally:
-        _thread.explaining = False
+        measured.thread.explaining = False
         _known.update(kept)
     return None
 
 
-def _able(op: str, tensors: Sequence[Tensor | None], limit: str) -> tuple[list[str], dict[str, str], str]:
+def _able(
+    op: str, tensors: Sequence[Tensor | None], settings: tuple, limit: str
+) -> tuple[list[str], dict[str, str], str]:
     """(backends that can run the call in the fixed order, the others' reasons, the last of these)"""
     able, refused = [], {}
     reason = f"no kernels for device type {tensors[0].device.type}"
     for name in registry._PREFERENCE.get(tensors[0].device.type, ()):
-        cannot = registry._cannot_run(name, op, tensors, limit)
+        cannot = registry._cannot_run(name, op, tensors, settings, limit)
         if cannot:
             refused[name] = reason = cannot
         else:
@@ -177,41 +163,24 @@ def _able(op: str, tensors: Sequence[Tensor | None], limit: str) -> tuple[list[s
     return able, refused, reason
 
 
-def _named(op: str, tensors: Sequence[Tensor | None], limit: str) -> str:
+def _named(op: str, tensors: Sequence[Tensor | None], settings: tuple, limit: str) -> str:
     name = registry._choice
-    reason = registry._cannot_run(name, op, tensors, limit)
+    reason = registry._cannot_run(name, op, tensors, settings, limit)
     if reason:
         raise RuntimeError(f"{op}: backend {name!r} cannot run this call: {reason}")
     return name
 
 
-def again(call: str) -> bool:
-    """Whether a tuning run wants ``call`` measured although there is a measurement, and has not done so yet."""
-    return policy is not None and policy.again and call not in policy.fresh
-
-
-def fixed() -> bool:
-    """Whether measurements do not count now, here or on any earlier day: the same call takes the same kernels."""
-    return (policy is None and _wish() == "0") or torch.are_deterministic_algorithms_enabled()
-
-
-def _wish() -> str:
-    value = os.environ.get("FASTCONV_TUNE", "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"FASTCONV_TUNE: expected 0 (off), 1 (measure at first use, CPUs included), got {value!r}")
-    return value
-
-
 def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str, run: Callable) -> Decision:
     if registry._choice != "auto":
-        return Decision(_named(op, tensors, limit), f"fastconv.use_backend({registry._choice!r})")
-    able, refused, reason = _able(op, tensors, limit)
+        return Decision(_named(op, tensors, settings, limit), f"fastconv.use_backend({registry._choice!r})")
+    able, refused, reason = _able(op, tensors, settings, limit)
     if not able:
         registry.tell(op, reason)
         return Decision("aten", reason, refused=refused)
     order = f"the fixed order {', '.join([*registry._PREFERENCE[tensors[0].device.type], 'aten'])}"
-    wish = _wish()
-    if policy is None and wish == "0":
+    wish = measured.wish()
+    if measured.policy is None and wish == "0":
         return Decision(able[0], f"first of {order} that can run the call: FASTCONV_TUNE=0", refused=refused)
     if torch.are_deterministic_algorithms_enabled():
         why = "deterministic algorithms are on, times differ from run to run"
@@ -226,13 +195,13 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
         return Decision(able[0], f"first of {order} that can run the call: it has symbolic sizes", refused=refused)
     names = [*able, "aten"]
     device = tensors[0].device
-    if policy is not None and not getattr(_thread, "explaining", False):
-        policy.visit(op, call, names)
+    if measured.policy is not None and not getattr(measured.thread, "explaining", False):
+        measured.policy.visit(op, call, names)
     entry = store_of(device).get(call)
     if entry is None or again(call) or not _covers(entry, names):
-        wanted = policy.measure if policy is not None else wish == "1" or device.type == "cuda"
+        wanted = measured.policy.measure if measured.policy is not None else wish == "1" or device.type == "cuda"
         why = unsettled(tensors) if wanted else ""
-        if wanted and not why and getattr(_thread, "explaining", False):
+        if wanted and not why and getattr(measured.thread, "explaining", False):
             why = "it is measured at its first use, which has not been yet"
         settled = not wanted
         if wanted and not why:
@@ -264,13 +233,6 @@ def _covers(entry: dict, names: Sequence[str]) -> bool:
     return set(names) <= set(entry["ms"]) | set(entry.get("failed", {})) and bool(entry["ms"])
 
 
-def store_of(device: torch.device) -> Measurements:
-    name = keys.environment(device)
-    if name not in _stores:
-        _stores[name] = Measurements(folder(), name)
-    return _stores[name]
-
-
 def _measured(
     op: str, call: str, names: Sequence[str], run: Callable, tensors: Sequence[Tensor | None], settings: tuple
 ) -> tuple[dict | None, str]:
@@ -282,8 +244,8 @@ def _measured(
         if entry is not None and _covers(entry, names):
             return entry, ""
         try:
-            seconds = None if policy is None else policy.seconds
-            with conv_config.tuning(policy is not None):
+            seconds = None if measured.policy is None else measured.policy.seconds
+            with conv_config.tuning(measured.policy is not None):
                 result = measure(op, names, run, tensors, settings, seconds)
         except RuntimeError as error:  # stock PyTorch itself cannot run the copies: out of memory, most likely
             why = f"measuring it failed: {error}".splitlines()[0]
@@ -292,39 +254,16 @@ def _measured(
         log.info("measured in %.2f s: %s: %s", result.seconds, call, result.ms)
         entry = {"ms": result.ms, **({"failed": result.failed} if result.failed else {})}
         entry = store.put(call, entry, replace=replace)
-        if policy is not None:
-            policy.fresh.add(call)
-            policy.done(call, result)
+        if measured.policy is not None:
+            measured.policy.fresh.add(call)
+            measured.policy.done(call, result)
         return entry, ""
-
-
-def agreed(device: torch.device, call: str, mine: str, names: Sequence[str]) -> str:
-    """What the first rank that got here chose, where there are ranks; ``mine`` otherwise."""
-    if getattr(_thread, "explaining", False) or policy is not None:
-        return mine
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    store = torch.distributed.distributed_c10d._get_default_store()
-    theirs = store.compare_set(f"fastconv/{device.type}/{call}", "", mine).decode()
-    if theirs not in names:
-        log.warning("%s: another rank chose backend %s, which cannot run the call here", call, theirs)
-        return mine
-    return theirs
-
-
-def _static(value: object) -> bool:
-    """Whether a trace holds this size or setting as a constant."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # a second's import, which a trace has made
-
-    if isinstance(value, (tuple, list)):
-        return all([has_static_value(v) for v in value])
-    return isinstance(value, str) or value is None or has_static_value(value)
 
 
 def _pick(op: str, device: str, index: int | None, able: tuple, specs: tuple | None, settings: tuple) -> str:
     """The decision of a traced call, made from constants while the graph is built: it becomes one itself."""
     first = able[0]
-    if specs is None or policy is not None or fixed():
+    if specs is None or measured.policy is not None or fixed():
         return first
     place = torch.device(device, index)
     specs = [None if s is None else keys.Spec(s[0], s[1], str(s[2]).removeprefix("torch."), s[3]) for s in specs]
@@ -343,14 +282,14 @@ _pick._dynamo_marked_constant = True
 def _traced(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str) -> str:
     """select() as torch.compile and torch.export trace it: stored measurements count, none is taken."""
     if registry._choice != "auto":
-        return _named(op, tensors, limit)
-    able, _, _ = _able(op, tensors, limit)
+        return _named(op, tensors, settings, limit)
+    able, _, _ = _able(op, tensors, settings, limit)
     if not able:
         return "aten"
     first = tensors[0]
-    constant = all([_static(s) for s in settings if not isinstance(s, float)])
+    constant = all([registry.static(s) for s in settings if not isinstance(s, float)])
     for t in tensors:
-        constant = constant and (t is None or _static(tuple(t.shape)))
+        constant = constant and (t is None or registry.static(tuple(t.shape)))
     specs = None
     if constant:
         grad = torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Under which name a measurement is kept: the environment it holds in, and the class of calls it stands for.
+"""The class of calls that a measurement stands for; the environment that it holds in is in fastconv/_measured.py.
 
 A class is an operator with everything that moves its time: dtypes, layouts, shapes, which tensors there are and want a
 gradient, and the settings. Shapes are exact but for the batch (rounded up to a power of two) and for maps wider than 32
@@ -7,17 +7,12 @@ gradient, and the settings. Shapes are exact but for the batch (rounded up to a 
 
 from __future__ import annotations
 
-import functools
-import platform
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .. import _ext, triton
-from .._version import __version__
 
 # The tensors, by position, whose first dimension is the batch; the first one alone for the other operators.
 _BATCHED = {
@@ -97,42 +92,3 @@ def short(call: str) -> str:
     """A class's name without what its neighbours in a table share: vectors, absent tensors, unnamed numbers."""
     words = call.split(" ")
     return " ".join(w for w in words if w not in ("-", "real") and not re.fullmatch(r"\w+\[\d*\]\*?", w))
-
-
-def cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux: platform knows less, but something
-    return platform.processor() or platform.machine()
-
-
-@functools.cache
-def _software() -> str:
-    """Versions, and the extension's build: kernels built from other sources have other times."""
-    parts = [f"fastconv {__version__}", f"torch {torch.__version__}"]
-    if _ext.HAS_EXT:
-        parts.append(f"extension {_ext.build_info()['build_id'][:12]}")
-    return ", ".join(parts)
-
-
-@functools.cache
-def _gpu(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    parts = [torch.cuda.get_device_name(index), f"sm_{major}{minor}", f"CUDA {torch.version.cuda}"]
-    parts += [f"cuDNN {torch.backends.cudnn.version()}", triton.available()[1].partition(" on ")[0]]
-    return ", ".join(parts)
-
-
-def environment(device: torch.device) -> str:
-    """Versions, device and the switches that change what a backend does there."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        switches = f"conv {torch.backends.cudnn.conv.fp32_precision}, benchmark {torch.backends.cudnn.benchmark}"
-        return f"{_software()}; {_gpu(index)}; {switches}"
-    isa = _ext.build_info().get("cpu_isa", "")
-    parts = [cpu_model(), *([isa] if isa else []), f"{torch.get_num_threads()} threads"]
-    return f"{_software()}; {', '.join(parts)}"

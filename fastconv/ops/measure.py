@@ -7,7 +7,6 @@ mislead the check), vectors and class indices are clones, and so running statist
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .._measured import on
 
 log = logging.getLogger("fastconv")
 
@@ -40,11 +41,6 @@ class Result:
     ms: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0  # that the measurement took, compilation included
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Events are recorded on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def unsettled(tensors: Sequence[Tensor | None]) -> str:

@@ -12,14 +12,15 @@ and can run everything.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import _ext, triton
-from .fake import OPERATORS
+from ..triton import limits
+from . import fake
 
 log = logging.getLogger("fastconv")
 
@@ -47,7 +48,7 @@ def _kernels(key: str) -> frozenset[str]:
     if not _ext.HAS_EXT:
         return frozenset()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(op for op in OPERATORS if has(f"fastconv::{op}", key))
+    return frozenset(op for op in fake.OPERATORS if has(f"fastconv::{op}", key))
 
 
 # Read once: a set look-up can be traced by torch.compile, a question to the dispatcher cannot.
@@ -62,7 +63,7 @@ def _ask(name: str) -> Availability:
         if state:
             from ..triton import operators  # imports every kernel: only where they can run
 
-            operators.register()
+            operators.register(fake)
         return state
     if not _ext.HAS_EXT:
         return Availability(False, _ext.EXT_REASON)
@@ -84,6 +85,15 @@ def _ask(name: str) -> Availability:
 # torch.ops.fastconv, whose kernels PyTorch's dispatcher tells apart by device.
 _LIBRARIES = {"triton": "fastconv_triton"}
 _CANNOT_RUN = {"triton": triton.cannot_run}
+
+
+def _cuda_limit(op: str, shapes: Sequence, settings: Sequence, grads: Sequence[bool]) -> str:
+    return _ext.MODULE.cuda_limit(op, shapes, settings, grads)
+
+
+# Backends whose kernels have limits of size: why they cannot run a public operator on tensors of these shapes, and the
+# gradients that are wanted of it, or "".
+_LIMITS = {"cuda": _cuda_limit, "triton": limits.limit}
 
 
 def add_backend(name: str, library: str, cannot_run: Callable, availability: Availability) -> None:
@@ -182,14 +192,46 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
     return ""
 
 
-def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], limit: str) -> str:
+def static(value: object) -> bool:
+    """Whether a trace holds this size or setting as a constant."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a second's import, which a trace has made
+
+    if isinstance(value, (tuple, list)):
+        return all([static(v) for v in value])
+    return isinstance(value, str) or value is None or has_static_value(value)
+
+
+def _within(name: str, op: str, shapes: tuple, settings: tuple, grads: tuple) -> str:
+    return _LIMITS[name](op, shapes, settings, grads)
+
+
+_within._dynamo_marked_constant = True
+
+
+def _size_limit(name: str, op: str, tensors: tuple[Tensor | None, ...], settings: tuple) -> str:
+    """What the backend's limits say; nothing of symbolic sizes, which the kernels' launches check when they run."""
+    if name not in _LIMITS:
+        return ""
+    shapes = tuple([() if t is None else tuple(t.shape) for t in tensors])
+    grad = torch.is_grad_enabled()
+    grads = tuple([t is not None and grad and t.requires_grad for t in tensors])
+    if torch.compiler.is_compiling():
+        settings = tuple([0.0 if isinstance(s, float) else s for s in settings])  # no limit asks for these
+        if not static(shapes) or not static(settings):
+            return ""
+    elif any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+        return ""
+    return _within(name, op, shapes, settings, grads)
+
+
+def _cannot_run(name: str, op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str) -> str:
     if name == "aten":
         return ""
     missing = _unavailable(name)
     if missing:
         return missing
     own = _CANNOT_RUN[name](op, tensors) if name in _CANNOT_RUN else _compiled_cannot_run(name, op, tensors)
-    return limit or own or _transformed(tensors)
+    return limit or own or _transformed(tensors) or _size_limit(name, op, tensors, settings)
 
 
 def tell(op: str, reason: str) -> None:

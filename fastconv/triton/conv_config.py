@@ -287,12 +287,12 @@ def choose(op: str, problem: Problem, like: torch.Tensor) -> Tile:
     tile = _chosen.get(key)
     if tile is not None and not wanted:
         return tile
-    from ..ops import choice
+    from .. import _measured as measured
     from . import conv_tune
 
     tile = None
-    if not choice.fixed() and like.device.type != "meta":
-        if not (wanted and choice.again(conv_tune.class_of(op, problem, like.dtype))):
+    if not measured.fixed() and like.device.type != "meta":
+        if not (wanted and measured.again(conv_tune.class_of(op, problem, like.dtype))):
             tile = conv_tune.stored(op, problem, like)
         if tile is None and wanted:
             tile = conv_tune.tune(op, problem, like)

@@ -2,7 +2,7 @@
 
 Tiles are measured inside tuning runs only (``python -m fastconv tune``, ``fastconv.tune.measuring()``): a dozen kernels
 have to be compiled per convolution and direction, which is no price for a first call. What they measured is kept beside
-the measurements of the backends (ops/cache.py) and counts in every later process of the same environment.
+the measurements of the backends (fastconv/_cache.py) and counts in every later process of the same environment.
 
 The check: each candidate's result on random tensors, written over NaN, against the convolution in float32 by stock
 PyTorch. A candidate that is wrong anywhere, or cannot run, gets a reason and no time.
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _measured as measured
 from .common import empty_nhwc
 from .conv_config import Problem, Tile, candidates, device_limits
 
@@ -46,10 +47,8 @@ def class_of(op: str, a: Problem, dtype: torch.dtype) -> str:
 
 def stored(op: str, a: Problem, like: Tensor) -> Tile | None:
     """The fastest measured candidate, here and now or by an earlier process; None without a measurement."""
-    from ..ops import choice
-
     key = class_of(op, a, like.dtype)
-    entry = choice.store_of(like.device).get(key)
+    entry = measured.store_of(like.device).get(key)
     if entry is None:
         return None
     by_name = {name_of(t): t for t in candidates(op, a, *device_limits(like.device.index))}
@@ -57,7 +56,7 @@ def stored(op: str, a: Problem, like: Tensor) -> Tile | None:
     if not known:
         return None
     best = min(known, key=lambda name: sum(known[name]))
-    return by_name[choice.agreed(like.device, key, best, list(by_name))]
+    return by_name[measured.agreed(like.device, key, best, list(by_name))]
 
 
 class _Trial:
@@ -123,14 +122,12 @@ class _Trial:
 def tune(op: str, a: Problem, like: Tensor) -> Tile:
     """Measures all candidates of ``op`` ("fprop", "dgrad", "wgrad") in ``like``'s dtype and on its device, keeps the
     times and returns the fastest. Raises RuntimeError where none is right."""
-    from ..ops import choice, measure
-
-    with measure.on(like.device):
+    with measured.on(like.device):
         entry = _times(op, a, like)
     key = class_of(op, a, like.dtype)
-    choice.store_of(like.device).put(key, entry, replace=True)
-    if choice.policy is not None:
-        choice.policy.fresh.add(key)
+    measured.store_of(like.device).put(key, entry, replace=True)
+    if measured.policy is not None:
+        measured.policy.fresh.add(key)
     return stored(op, a, like)
 
 

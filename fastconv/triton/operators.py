@@ -10,10 +10,10 @@ They have a namespace of their own because torch.ops.fastconv.<op> on CUDA tenso
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 
-from ..ops import fake
 from . import _MODULES, impl, interpreting
 
 NAMESPACE = "fastconv_triton"
@@ -22,8 +22,11 @@ _MUTATED = {"batch_norm_act": _BUFFERS, "conv2d_bn_act": _BUFFERS}
 
 
 @functools.cache
-def register() -> torch.library.Library:
-    """Defines all of them, once: the library object has to live as long as the operators."""
+def register(fakes: ModuleType) -> torch.library.Library:
+    """Defines all of them, once: the library object has to live as long as the operators.
+
+    fakes: fastconv.ops.fake, which is above this package.
+    """
     library = torch.library.Library(NAMESPACE, "DEF")
     key = "CPU" if interpreting() else "CUDA"
     for op in _MODULES:
@@ -31,5 +34,5 @@ def register() -> torch.library.Library:
         schema = torch.library.infer_schema(launcher, mutates_args=_MUTATED.get(op, ()))
         library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(op, launcher, key)
-        torch.library.register_fake(f"{NAMESPACE}::{op}", getattr(fake, f"_{op}"), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", getattr(fakes, f"_{op}"), lib=library)
     return library

@@ -18,6 +18,12 @@ extern "C" int simt_act_backward(int dtype, const void* grad_output, const void*
   return report(act_backward(call, nullptr));
 }
 
+extern "C" int simt_most_chunks(int dtype, int64_t rows, int channels, int blocks, int min_rows) {
+  return most_column_chunks(dtype, rows, channels, blocks, min_rows);
+}
+
+extern "C" int simt_batch_norm_fold(const NormFoldCall* c) { return report(batch_norm_fold(*c, nullptr)); }
+
 extern "C" int simt_batch_norm(const NormCall* c) { return report(batch_norm(*c, nullptr)); }
 
 extern "C" int simt_batch_norm_backward(const NormBackwardCall* c) { return report(batch_norm_backward(*c, nullptr)); }

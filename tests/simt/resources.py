@@ -1,7 +1,9 @@
 """Compiles every CUDA kernel for every architecture, without a GPU, and writes resources.md: registers, shared memory,
 spills, resident blocks, and the instructions that the design promises (HMMA, LDSM, LDGSTS, 128-bit accesses).
 
-    python tests/simt/resources.py [--arch sm_90a ...] [--family conv ...] [--jobs 2]
+    python tests/simt/resources.py [--family depthwise ...] [--jobs 2]
+
+--family: only these are compiled, the other rows of resources.md stay as they are.
 
 Needs nvcc; the instruction counts also need cuobjdump (the toolkit's, or the one that comes with triton). The cubins
 are kept under build/simt/cubin by content, so a second run only compiles what changed.
@@ -20,15 +22,11 @@ from pathlib import Path
 
 import simt_lib
 
-from fastconv._kernels import cuobjdump, readable
+from fastconv._kernels import cuobjdump, launch_of, launch_table, readable, resident_blocks
 
 ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
-FAMILIES = ["conv", "norm", "pool", "loss"]
+FAMILIES = ["conv", "depthwise", "norm", "pool", "loss"]
 DTYPES = {"fp32": "float", "fp16": "__half", "bf16": "__nv_bfloat16"}
-# Registers and shared memory of one SM; sm_120 is a consumer part with less of the latter.
-SM_REGISTERS = 65536
-SM_SMEM = {"sm_80": 164, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
-SM_THREADS = {"sm_80": 2048, "sm_90a": 2048, "sm_100": 2048, "sm_120": 1536}
 PATTERNS = {
     "HMMA": r"\bHMMA",
     "LDSM": r"\bLDSM",
@@ -37,6 +35,7 @@ PATTERNS = {
     "STG128": r"\bSTG\S*\.128",
     "FFMA": r"\bFFMA",
 }
+COUNTED = "sm_90a"  # whose instructions are counted
 CUBINS = simt_lib.BUILD / "cubin"
 
 
@@ -45,7 +44,7 @@ def compile_one(family: str, dtype: str, arch: str) -> tuple[Path, str]:
     source = simt_lib.HERE / "compile" / f"{family}.cu"
     command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-DFASTCONV_DTYPE={DTYPES[dtype]}"]
     digest = hashlib.sha256("\0".join(command).encode() + source.read_bytes())
-    for header in sorted(simt_lib.KERNELS.glob("*.cuh")):
+    for header in sorted([*simt_lib.KERNELS.glob("*.cuh"), *simt_lib.KERNELS.glob("*.h")]):
         digest.update(header.read_bytes())
     cubin = CUBINS / f"{family}-{dtype}-{arch}-{digest.hexdigest()[:16]}.cubin"
     log = cubin.with_suffix(".log")
@@ -92,28 +91,11 @@ def parse_sass(cubin: Path) -> dict[str, dict[str, int]]:
     return json.loads(cached.read_text())
 
 
-def dynamic_memory() -> dict[str, tuple[int, int]]:
-    """Traits -> threads, dynamic shared memory, of the convolution kernels."""
+def launches() -> dict[str, tuple[int, int]]:
+    """csrc/cuda/launch_table.cuh: kernel -> threads per block, dynamic shared memory."""
     lib = simt_lib.library("conv").lib
-    lib.simt_conv_table.restype = ctypes.c_char_p
-    table = {}
-    for line in lib.simt_conv_table().decode().splitlines():
-        name, threads, smem = line.split("|")
-        table[readable([name])[0]] = (int(threads), int(smem))
-    return table
-
-
-def threads_of(kernel: str, dynamic: dict) -> tuple[int, int]:
-    if m := re.match(r"conv_(?:gemm|wgrad)_kernel<(.*)>$", kernel):
-        return dynamic[m[1]]
-    known = {
-        "cross_entropy_finish": 1024,
-        "max_pool": 128,
-        "avg_pool": 128,
-        "depthwise_kernel": 128,
-        "batch_norm_fold": 128,
-    }
-    return next((n for key, n in known.items() if kernel.startswith(key)), 256), 0
+    lib.simt_launch_table.restype = ctypes.c_char_p
+    return launch_table(lib.simt_launch_table().decode())
 
 
 def gather(archs: list[str], families: list[str], dtypes: list[str], jobs: int = 2) -> dict[str, dict[str, dict]]:
@@ -121,35 +103,23 @@ def gather(archs: list[str], families: list[str], dtypes: list[str], jobs: int =
     work = [(f, d, a) for a in archs for f in families for d in dtypes]
     with ThreadPoolExecutor(jobs) as pool:
         built = list(pool.map(lambda w: compile_one(*w), work))
-    dynamic = dynamic_memory()
+    launched = launches()
     table: dict[str, dict[str, dict]] = {}
     for (_, _, arch), (cubin, log) in zip(work, built, strict=True):
         numbers, sass = parse_log(log), parse_sass(cubin)
         for mangled, name in zip(numbers, readable(list(numbers)), strict=True):
             entry = dict(numbers[mangled], **sass.get(mangled, {}))
-            entry["threads"], extra = threads_of(name, dynamic)
+            entry["threads"], extra = launch_of(name, launched)
             entry["smem"] += extra
-            by_registers = SM_REGISTERS // (-(-entry["registers"] // 8) * 8 * entry["threads"])
-            by_smem = SM_SMEM[arch] * 1024 // (entry["smem"] + 1024)  # 1 KiB of each block is the system's
-            entry["blocks"] = min(by_registers, by_smem, SM_THREADS[arch] // entry["threads"], 32)
+            entry["blocks"] = resident_blocks(arch, entry["registers"], entry["threads"], entry["smem"])
             table.setdefault(name, {})[arch] = entry
     return table
 
 
-def render(table: dict[str, dict[str, dict]], archs: list[str]) -> str:
-    lines = [
-        "# Resources of the CUDA kernels",
-        "",
-        "Written by `python tests/simt/resources.py` (nvcc, no GPU). Per architecture:",
-        "registers / resident blocks per SM, `!n` = n bytes spilled. Shared memory in bytes, dynamic included.",
-        f"Instruction counts are static, of {archs[-1] if 'sm_90a' not in archs else 'sm_90a'}.",
-        "",
-    ]
-    counted = "sm_90a" if "sm_90a" in archs else archs[-1]
-    head = ["kernel", "threads", "smem", *archs, *PATTERNS]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name in sorted(table):
-        row = table[name]
+def rows_of(table: dict[str, dict[str, dict]], archs: list[str]) -> dict[str, str]:
+    """kernel -> its line of resources.md."""
+    lines = {}
+    for name, row in table.items():
         any_arch = next(iter(row.values()))
         cells = [f"`{name}`", str(any_arch["threads"]), str(any_arch["smem"])]
         for arch in archs:
@@ -157,12 +127,31 @@ def render(table: dict[str, dict[str, dict]], archs: list[str]) -> str:
             cells.append(
                 "" if e is None else f"{e['registers']} / {e['blocks']}" + (f" !{e['spill']}" if e["spill"] else "")
             )
-        cells += [str(row.get(counted, {}).get(p, "")) for p in PATTERNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    spills = [f"{n} ({a})" for n, row in table.items() for a, e in row.items() if e["spill"]]
+        cells += [str(row.get(COUNTED, {}).get(p, "")) for p in PATTERNS]
+        lines[name] = "| " + " | ".join(cells) + " |"
+    return lines
+
+
+def render(rows: dict[str, str]) -> str:
+    """resources.md."""
+    lines = [
+        "# Resources of the CUDA kernels",
+        "",
+        "Written by `python tests/simt/resources.py` (nvcc, no GPU). Per architecture:",
+        "registers / resident blocks per SM, `!n` = n bytes spilled. Shared memory in bytes, dynamic included.",
+        f"Instruction counts are static, of {COUNTED}.",
+        "",
+    ]
+    head = ["kernel", "threads", "smem", *ARCHS, *PATTERNS]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += [rows[name] for name in sorted(rows)]
+    spills = []
+    for name in sorted(rows):
+        cells = [cell.strip() for cell in rows[name].split("|")[1:-1]]
+        spills += [f"{name} ({arch})" for arch in ARCHS if "!" in cells[head.index(arch)]]
     lines += [
         "",
-        f"{len(table)} kernels, {sum(len(r) for r in table.values())} compilations, {len(spills)} with spills"
+        f"{len(rows)} kernels, {len(rows) * len(ARCHS)} compilations, {len(spills)} with spills"
         + (": " + ", ".join(spills) if spills else "."),
     ]
     return "\n".join(lines) + "\n"
@@ -170,12 +159,14 @@ def render(table: dict[str, dict[str, dict]], archs: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=ARCHS)
-    parser.add_argument("--family", nargs="+", default=FAMILIES)
+    parser.add_argument("--family", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=simt_lib.HERE / "resources.md")
     args = parser.parse_args()
-    text = render(gather(args.arch, args.family, list(DTYPES), args.jobs), args.arch)
+    rows = {}
+    if set(args.family) != set(FAMILIES):
+        rows = {line.split("`")[1]: line for line in args.out.read_text().splitlines() if line.startswith("| `")}
+    text = render(rows | rows_of(gather(ARCHS, args.family, list(DTYPES), args.jobs), ARCHS))
     args.out.write_text(text)
     print(text.splitlines()[-1])
 

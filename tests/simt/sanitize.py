@@ -1,7 +1,10 @@
 """Runs the kernels under sanitizers, in the emulator.
 
-    python tests/simt/sanitize.py asan [pytest arguments]     the emulator's tests under AddressSanitizer + UBSan
-    python tests/simt/sanitize.py tsan                        race.cpp under ThreadSanitizer
+    python tests/simt/sanitize.py asan [--part I/N] [pytest arguments]   the tests under AddressSanitizer + UBSan
+    python tests/simt/sanitize.py build                                   only compiles what they need
+    python tests/simt/sanitize.py tsan                                    race.cpp under ThreadSanitizer
+
+--part I/N: every N-th test, from the I-th: all of them take a quarter of an hour on one core.
 
 asan: every global access of a kernel is checked against the torch tensors it was given, every shared access against the
 block's own buffer; the sanitizer's runtime has to come first in the process, hence the preload. tsan: each GPU thread
@@ -30,12 +33,29 @@ def runtime(name: str) -> str:
     ).stdout.strip()
 
 
+def chosen(arguments: list[str], part: str) -> list[str]:
+    """The tests of one part, by name."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "--collect-only"]
+    text = subprocess.run([*command, *arguments], cwd=simt_lib.ROOT, capture_output=True, text=True, check=True).stdout
+    first, step = map(int, part.split("/"))
+    return [line for line in text.splitlines() if "::" in line][first - 1 :: step]
+
+
 def asan(arguments: list[str]) -> int:
     env = dict(os.environ, FASTCONV_SIMT_SANITIZE="asan", LD_PRELOAD=" ".join(map(runtime, RUNTIMES)), **OPTIONS)
+    part = ""
+    if arguments[:1] == ["--part"]:
+        part, arguments = arguments[1], arguments[2:]
     tests = arguments or [str(p) for p in sorted(HERE.glob("test_simt_*.py")) if p.stem != "test_simt_resources"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *tests], env=env
-    ).returncode
+    tests = chosen(tests, part) if part else tests
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest"]
+    return subprocess.run([*command, *tests], cwd=simt_lib.ROOT, env=env).returncode
+
+
+def build() -> int:
+    for family in ("conv", "norm", "pool", "loss", "emulator"):
+        print(simt_lib.build(family, "asan").name, flush=True)
+    return 0
 
 
 def tsan() -> int:
@@ -76,6 +96,8 @@ def tsan() -> int:
 def main() -> None:
     if sys.argv[1:2] == ["asan"]:
         raise SystemExit(asan(sys.argv[2:]))
+    if sys.argv[1:] == ["build"]:
+        raise SystemExit(build())
     if sys.argv[1:] == ["tsan"]:
         raise SystemExit(tsan())
     raise SystemExit(__doc__)

@@ -42,7 +42,7 @@ def build() -> Path:
         *csrc.glob("*.h"),
         *(csrc / "host").glob("*.h"),
         *(csrc / "cuda").glob("*.h"),
-        simt_lib.KERNELS / "shapes.h",
+        *simt_lib.KERNELS.glob("*.h"),
     ]
     digest = hashlib.sha256(torch.__version__.encode())
     for header in sorted(headers):

@@ -31,6 +31,8 @@ CASES = [
     Case(1, 8, 9, 9, 8, stride=(2, 4), padding=(2, 2), dilation=(2, 2)),  # stride and dilation share a factor
     Case(2, 8, 7, 7, 16, 2, 2, stride=(4, 3), padding=(0, 0)),  # stride > kernel: some inputs are never read
     Case(1, 7, 5, 6, 11, padding=(1, 2)),  # odd channels
+    Case(2, 16, 4, 5, 12),  # channels that fit 16 bytes on one side only
+    Case(2, 12, 4, 5, 16),
     Case(2, 13, 3, 3, 8, 3, 3, padding=(4, 4)),  # padding wider than the filter
     Case(3, 48, 6, 6, 32, groups=2),
     Case(2, 12, 5, 5, 6, groups=3),
@@ -323,6 +325,37 @@ def test_schedules(seed):
         first, _ = run(kind, case, a, b, splits=2)
         again, _ = run(kind, case, a, b, splits=2, seed=seed)
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("tile", [0, 2])
+def test_strided_dgrad_covers_odd_maps(tile):
+    """The first stride class of an odd side has one row more than the last: more tiles of 16 rows."""
+    check_exact("dgrad", Case(3, 16, 9, 9, 16, stride=(2, 2)), torch.bfloat16, tile=tile)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_workspace_that_is_not_needed_stays_unused(kind):
+    for case, depthwise in ((Case(2, 16, 4, 4, 16), False), (DEPTHWISE[0], True)):
+        a, b = operands(kind, case, torch.bfloat16, exact_inputs(3))
+        partial = torch.full((4096,), float("nan"))
+        got, _ = run(kind, case, a, b, partial=partial, depthwise=depthwise)
+        assert torch.equal(got, expected(kind, case, a, b).to(torch.bfloat16)) and partial.isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unaligned_depthwise(kind):
+    check_exact(kind, DEPTHWISE[0], torch.bfloat16, depthwise=True, offset=1)
+
+
+def test_depthwise_prologue_rounds_as_a_stored_tensor():
+    """Differences of neighbours of nearly the same size: only values that were rounded to bf16 before give these."""
+    case = Case(1, 8, 1, 9, 8, 1, 2, padding=(0, 0), groups=8)
+    x = (torch.rand(case.x_shape(), generator=torch.Generator().manual_seed(2)) + 1).bfloat16()
+    w = torch.tensor([1.0, -1.0]).expand(8, 1, 1, 2).contiguous().bfloat16()
+    scale, shift = torch.full((8,), 1 / 3), torch.full((8,), 0.1)
+    inner = (x.float() * scale[0] + shift[0]).bfloat16()
+    got, _ = run("fprop", case, x, w, pro_scale=scale, pro_shift=shift, depthwise=True)
+    assert torch.equal(got, expected("fprop", case, inner, w).bfloat16())
 
 
 def test_bad_calls_are_refused():

@@ -40,8 +40,12 @@ class LossCall(ctypes.Structure):
 def cross_entropy(
     x, target, *, weight=None, reduction="mean", ignore_index=-100, smoothing=0.0, grad_loss=None, seed=0
 ):
-    """x [n, classes, d] of any dense layout; returns loss, lse, normalizer, grad_input, grad_target."""
+    """x [n, classes, d] of any dense layout; returns loss, lse, normalizer, grad_input, grad_target.
+
+    Class indices and the gradient of the losses end where mapped memory ends: idle threads must not read them."""
     lib = library("loss")
+    if not target.is_floating_point():
+        target = simt_lib.guarded(target)
     n, classes, d = x.shape
     soft = target.is_floating_point()
     loss = torch.full((n, d) if reduction == "none" else (), float("nan"), dtype=x.dtype)
@@ -74,7 +78,8 @@ def cross_entropy(
     call.part_loss, call.part_weight = map(pointer, parts)
     lib.call("simt_loss", ctypes.byref(call), 0, seed=seed)
     grad_loss = torch.ones_like(loss) if grad_loss is None else grad_loss
-    call.grad_loss = pointer(grad_loss)
+    guarded = simt_lib.guarded(grad_loss)
+    call.grad_loss = pointer(guarded)
     lib.call("simt_loss", ctypes.byref(call), 1, seed=seed)
     return loss, lse, normalizer, grad_x, grad_t
 
@@ -190,6 +195,57 @@ def test_extreme_logits():
     big = torch.full((1, 40, 1), -1e4)
     big[0, 17] = 1e4
     assert cross_entropy(big, torch.tensor([[17]]))[0] == 0
+
+
+def layout_unaligned(t):
+    """The same values, one element into their memory."""
+    out = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].as_strided(t.shape, t.stride())
+    return out.copy_(t)
+
+
+def test_unaligned_rows():
+    generator = torch.Generator().manual_seed(7)
+    x = layout_unaligned(torch.randn(9, 96, 1, generator=generator).bfloat16())
+    check(x, torch.randint(0, 96, (9, 1), generator=generator), torch.bfloat16)
+    check(x, layout_unaligned(torch.rand(9, 96, 1, generator=generator).softmax(1).bfloat16()), torch.bfloat16)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 5000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_large_logits_lose_no_digits(classes, smoothing):
+    """Logits about 30000: neither the loss nor its gradient may go through an lse rounded to fp32."""
+    generator = torch.Generator().manual_seed(classes)
+    x = torch.randn(3, classes, 1, generator=generator) + 30000
+    target = torch.randint(0, classes, (3, 1), generator=generator)
+    leaf = x.double().requires_grad_()
+    want = F.cross_entropy(leaf, target, label_smoothing=smoothing)
+    want.backward()
+    loss, _, _, grad, _ = cross_entropy(x, target, smoothing=smoothing)
+    assert_close(loss, want.detach(), 1e-5, 1e-5)
+    assert_close(grad, leaf.grad, 1e-5, 1e-7)
+    soft = torch.rand(3, classes, 1, generator=generator).softmax(1)
+    loss = cross_entropy(x, soft, smoothing=smoothing)[0]
+    assert_close(loss, F.cross_entropy(x.double(), soft.double(), label_smoothing=smoothing), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 5000])
+def test_infinite_logits(classes):
+    """-inf for most classes, the first ones too; for all of them; one +inf: results and gradients as PyTorch's."""
+    x = torch.full((3, classes, 1), float("-inf"))
+    x[0, 4], x[0, classes - 1] = 1.0, 2.0
+    x[2] = torch.linspace(-1, 1, classes).view(-1, 1)
+    x[2, 7] = float("inf")
+    target = torch.tensor([[4], [4], [4]])
+    for smoothing in (0.0, 0.1):
+        leaf = x.double().requires_grad_()
+        want = F.cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
+        want.sum().backward()
+        loss, _, _, grad, _ = cross_entropy(x, target, reduction="none", smoothing=smoothing)
+        finite = ~torch.isinf(want)
+        assert torch.equal(torch.isinf(loss), ~finite)
+        assert_close(loss[finite], want.detach()[finite], 1e-5, 1e-5)
+        assert_close(grad[0], leaf.grad[0], 1e-5, 1e-6)
+        assert torch.isnan(grad[2]).all() and torch.isnan(leaf.grad[2]).all()
 
 
 def test_schedules():

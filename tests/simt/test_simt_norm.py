@@ -33,7 +33,9 @@ def act_backward(grad, saved, act, want=(True, True), seed=0, blocks=8, min_rows
     bias = torch.full((channels,), float("nan"), dtype=grad.dtype) if want[1] else None
     partial = torch.full((64 * channels,), float("nan")) if want[1] else None
     chunks = [lib.lib.simt_act_chunks(ctypes.c_int64(rows), channels, v, blocks, min_rows) for v in (1, 4, 8)]
-    assert max(chunks) <= 64
+    vec = 4 if grad.dtype == torch.float32 else 8
+    most = lib.lib.simt_most_chunks(DTYPES[grad.dtype], ctypes.c_int64(rows), channels, blocks, min_rows)
+    assert most == max(chunks[0], chunks[1 if vec == 4 else 2]) <= 64
     lib.call(
         "simt_act_backward",
         DTYPES[grad.dtype],
@@ -161,8 +163,9 @@ def norm(
         )
     )
     call.rows, call.part_rows, call.dtype, call.channels = rows, parts[0] if parts else 0, DTYPES[x.dtype], channels
-    typed = next((t for t in (weight, bias, running_mean) if t is not None), None)
-    call.params_float = call.running_float = int(typed is None or typed.dtype == torch.float32)
+    typed = weight if weight is not None else bias
+    call.params_float = int(typed is None or typed.dtype == torch.float32)
+    call.running_float = int(running_mean is None or running_mean.dtype == torch.float32)
     call.training, call.act, call.blocks, call.min_rows = int(training), ACTIVATIONS.index(act), blocks, min_rows
     call.momentum, call.eps = -1.0 if momentum is None else momentum, eps
     library("norm").call("simt_batch_norm", ctypes.byref(call), seed=seed)
@@ -224,6 +227,59 @@ def test_batch_norm_cumulative_and_untracked():
         assert_close(y, norm_reference(x, None, None, None, None, None, 1e-5, "identity"), 1e-5, 1e-5)
     with pytest.raises(RuntimeError, match="more than one value"):
         norm(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("rows", [9, 200, 1500])
+def test_batch_norm_of_values_far_from_zero(rows):
+    """Mean 30000, deviation 1: neither the variance nor the result may be a difference of large numbers."""
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(8)) + 30000
+    y, mean, invstd = norm(x, act="identity", seed=2)
+    assert_close(mean, x.double().mean(0), 1e-7, 0)  # an fp32 number's own rounding
+    want = 1 / torch.sqrt(x.double().var(0, unbiased=False) + 1e-5)
+    assert_close(invstd, want, 1e-5, 0)
+    assert_close(y, (x.double() - mean.double()) * want, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16])
+def test_parameters_and_running_statistics_of_different_dtypes(params):
+    generator = torch.Generator().manual_seed(9)
+    other = torch.bfloat16 if params == torch.float32 else torch.float32
+    x = torch.randn(40, 24, generator=generator).bfloat16()
+    weight, bias = (torch.randn(24, generator=generator).to(params) for _ in range(2))
+    mean, var = torch.randn(24, generator=generator).to(other), (torch.rand(24, generator=generator) + 0.5).to(other)
+    for training in (False, True):
+        y, _, _ = norm(x, weight=weight, bias=bias, running_mean=mean, running_var=var, training=training)
+        stats = (None, None) if training else (mean, var)
+        assert_close(y, norm_reference(x, None, weight, bias, *stats, 1e-5, "relu"), tolerance(x.dtype) * 1.5, 2e-4)
+
+
+class NormFoldCall(ctypes.Structure):
+    _fields_ = [(f, ctypes.c_void_p) for f in ["weight", "bias", "running_mean", "running_var", "conv_bias"]]
+    _fields_ += [(f, ctypes.c_void_p) for f in ["scale", "shift", "mean", "invstd"]]
+    _fields_ += [(f, ctypes.c_int) for f in ["dtype", "params_float", "running_float", "conv_bias_float", "channels"]]
+    _fields_ += [("eps", ctypes.c_float)]
+
+
+@pytest.mark.parametrize("floats", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("channels", [1, 100, 300])
+def test_batch_norm_fold(channels, floats):
+    """scale and shift of a convolution's epilogue; each pair of vectors in fp32 or bf16; nothing past the end."""
+    generator = torch.Generator().manual_seed(channels)
+    params, running, extra = (torch.float32 if f else torch.bfloat16 for f in floats)
+    weight, bias = (torch.randn(channels, generator=generator).to(params) for _ in range(2))
+    mean, var = torch.randn(channels, generator=generator).to(running), torch.rand(channels, generator=generator)
+    var, conv_bias = (var + 0.1).to(running), torch.randn(channels, generator=generator).to(extra)
+    vectors = [simt_lib.guarded(t) for t in (weight, bias, mean, var, conv_bias)]
+    outs = [simt_lib.guarded(torch.full((channels,), float("nan"))) for _ in range(4)]
+    call = NormFoldCall(*map(pointer, (*vectors, *outs)))
+    call.dtype, call.channels, call.eps = DTYPES[torch.bfloat16], channels, 0.05
+    call.params_float, call.running_float, call.conv_bias_float = floats
+    library("norm").call("simt_batch_norm_fold", ctypes.byref(call), seed=1)
+    invstd = 1 / torch.sqrt(var.double() + 0.05)
+    scale = weight.double() * invstd
+    shift = bias.double() + (conv_bias.double() - mean.double()) * scale
+    for got, want in zip(outs, (scale, shift, mean.double(), invstd), strict=True):
+        assert_close(got, want, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -112,8 +112,8 @@ def test_max_pool(case, dtype):
         "padding": padding,
         "dilation": dilation,
     }
-    for seed, start in ((0, 0), (3, 1)):
-        offsets = dense_nhwc((n, c, p, q), torch.uint8, 255)
+    for seed, start, bytes_start in ((0, 0, 0), (3, 1, 0), (4, 0, 1)):
+        offsets = dense_nhwc((n, c, p, q), torch.uint8, 255, bytes_start)
         got = pool("max", x, tuple(want.shape), offsets=offsets, seed=seed, offset=start, **options)
         assert torch.equal(got.nan_to_num(77), want.to(dtype).nan_to_num(77))
         r, s = offsets.long() // kernel[1], offsets.long() % kernel[1]

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "size_limits.h"
 
 namespace fastconv {
 
@@ -30,7 +31,7 @@ inline ColumnShape column_shape(int64_t rows, int channels, int vec, int target_
   int64_t chunks = ceil_div64(target_blocks, tiles);
   int64_t most = ceil_div64(rows, min_rows);
   if (chunks > most) chunks = most;
-  if (chunks > 65535) chunks = 65535;
+  if (chunks > kMostGridYZ) chunks = kMostGridYZ;
   if (chunks < 1) chunks = 1;
   return {rows, channels, ceil_div64(rows, chunks), tx_log2};
 }

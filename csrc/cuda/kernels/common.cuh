@@ -93,11 +93,6 @@ __device__ __forceinline__ T warp_sum(T x) {
   for (int i = kWarp / 2; i > 0; i >>= 1) x += __shfl_xor_sync(kFullMask, x, i);
   return x;
 }
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int i = kWarp / 2; i > 0; i >>= 1) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, i));
-  return x;
-}
 
 // Mean and sum of squared deviations of `count` samples; two of them merge exactly (Chan, Golub, LeVeque 1979).
 struct Moments {

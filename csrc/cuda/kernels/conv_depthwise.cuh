@@ -8,12 +8,13 @@
 // one position x N channels (N = 16 bytes, or 1 where unaligned), neighbouring threads take neighbouring channels. The
 // filter is read through L1 as [c][r][s]. wgrad: a block takes kChannels channels of one tap and a share of the
 // positions; threads (channel, slice) sum in fp32, slices are added through shared memory in a fixed order, shares by
-// conv_reduce (as split-K). FLOPs 2 n p q c r s; least bytes: x, y, w once. Limits: those of conv_launch.cuh's check.
+// conv_reduce (as split-K). FLOPs 2 n p q c r s; least bytes: x, y, w once. Limits: size_limits.h.
 #pragma once
 
 #include "conv_epilogue.cuh"
 #include "conv_reduce.cuh"
 #include "launch.cuh"
+#include "size_limits.h"
 
 namespace fastconv {
 
@@ -126,6 +127,7 @@ Status launch_depthwise(const DepthwiseParams<T>& p, Stream stream) {
   const ConvShape& g = p.shape;
   if (g.c != g.groups || g.k != g.c) return {"depthwise: needs groups = c = k"};
   if (p.epilogue.stat_mean) return {"depthwise: statistics are not fused"};
+  if (Status status{conv_limit(g, Dgrad ? kDepthwiseDgrad : kDepthwiseFprop)}; !status.ok()) return status;
   const ConvEpilogue<T>& e = p.epilogue;
   bool vec = g.c % kVec16<T> == 0;
   const void* operands[] = {p.a, e.out, e.residual, e.preact, e.grad_saved};
@@ -144,8 +146,8 @@ template <class T>
 Status launch_depthwise_wgrad(DepthwiseParams<T> p, Stream stream) {
   const ConvShape& g = p.shape;
   if (g.c != g.groups || g.k != g.c) return {"depthwise: needs groups = c = k"};
-  if (p.splits < 1 || p.splits > 65535 || g.r * g.s > 65535)
-    return {"depthwise_wgrad: splits and taps must be in [1, 65535]"};
+  if (p.splits < 1 || p.splits > kMostGridYZ) return {"depthwise_wgrad: splits must be in [1, 65535]"};
+  if (Status status{conv_limit(g, kDepthwiseWgrad)}; !status.ok()) return status;
   if (p.splits > 1 && !p.epilogue.partial) return {"depthwise_wgrad: a split sum needs a workspace"};
   if (p.splits == 1) p.epilogue.partial = nullptr;
   dim3 grid(ceil_div(g.c, kWgradChannels), g.r * g.s, p.splits);

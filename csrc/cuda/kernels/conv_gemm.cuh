@@ -11,8 +11,7 @@
 // groups x stride classes, grid.z = K splits. A warp owns WM x WN. k-tiles of kKBytes run through a ring of kStages in
 // shared memory filled by cp.async; one barrier per k-tile. Taps that only see padding for the whole tile are never
 // visited. Fused: prologue on A (register-staged then, since cp.async cannot compute), epilogue of conv_epilogue.cuh,
-// statistics. Accumulation: fp32. Limits: an image and the weights of a group hold fewer than 2^31 elements; K fewer
-// than 2^31. FLOPs 2 m n K(live); least bytes: x, w, y once each.
+// statistics. Accumulation: fp32. Limits: size_limits.h. FLOPs 2 m n K(live); least bytes: x, w, y once each.
 #pragma once
 
 #include "conv_engine.cuh"
@@ -275,8 +274,6 @@ Status run_conv_gemm(ConvGemmParams<typename Tr::T> p, Stream stream) {
   p.inner = FastDiv(Tr::kDgrad ? kg : cg);
   p.n_tiles = ceil_div(Tr::kDgrad ? cg : kg, Tr::BN);
   int64_t m_tiles = ceil_div64(static_cast<int64_t>(g.n) * rows_h * rows_w, Tr::BM);
-  if (m_tiles * p.n_tiles > 0x7fffffff) return {"conv_gemm: too many output tiles"};
-  if (static_cast<int64_t>(classes) * g.groups > 65535) return {"conv_gemm: groups x stride classes exceeds 65535"};
   p.m_tiles = static_cast<int>(m_tiles);
   p.out_elems = static_cast<int64_t>(g.n) *
                 (Tr::kDgrad ? static_cast<int64_t>(g.h) * g.w * g.c : static_cast<int64_t>(g.p) * g.q * g.k);

@@ -7,6 +7,7 @@
 #include "conv_gemm.cuh"
 #include "conv_reduce.cuh"
 #include "conv_wgrad.cuh"
+#include "size_limits.h"
 
 namespace fastconv {
 
@@ -61,20 +62,15 @@ bool epilogue_aligned(const ConvEpilogue<T>& e) {
 }
 
 template <class T>
-Status check_conv(const ConvProblem<T>& p) {
+Status check_conv(const ConvProblem<T>& p, ConvKind kind) {
   const ConvShape& g = p.shape;
   if (g.n < 1 || g.c < 1 || g.k < 1 || g.h < 1 || g.w < 1 || g.p < 1 || g.q < 1)
     return {"conv: empty tensors do not reach the kernels"};
   if (g.groups < 1 || g.c % g.groups || g.k % g.groups) return {"conv: channels are not divisible by groups"};
-  if (p.splits < 1 || p.splits > 65535) return {"conv: splits must be in [1, 65535]"};
+  if (p.splits < 1 || p.splits > kMostGridYZ) return {"conv: splits must be in [1, 65535]"};
   if (p.splits > 1 && !p.epilogue.partial) return {"conv: a split-K convolution needs a workspace"};
   if (p.splits > 1 && p.epilogue.stat_mean) return {"conv: statistics are not available with split-K"};
-  const int64_t limit = 0x7fffffff;
-  if (static_cast<int64_t>(g.h) * g.w * g.c > limit || static_cast<int64_t>(g.p) * g.q * g.k > limit)
-    return {"conv: one image holds 2^31 elements or more"};
-  if (static_cast<int64_t>(g.r) * g.s * max_int(g.c, g.k) / g.groups > limit - 64)
-    return {"conv: r * s * channels exceeds 2^31"};
-  return {};
+  return {conv_limit(g, kind)};
 }
 
 template <class T, bool Dgrad, bool Prologue>
@@ -123,7 +119,7 @@ int conv_tile_rows(const ConvProblem<T>& p) {
 
 template <class T, bool Dgrad>
 Status launch_conv_gemm(const ConvProblem<T>& problem, Stream stream) {
-  Status status = check_conv(problem);
+  Status status = check_conv(problem, Dgrad ? kDgrad : kFprop);
   if (!status.ok()) return status;
   const ConvShape& g = problem.shape;
   const int cg = g.c / g.groups, kg = g.k / g.groups, out_channels = Dgrad ? g.c : g.k;
@@ -174,7 +170,7 @@ Status dispatch_conv_wgrad(int tile, const ConvWgradParams<T>& p, bool vec_a, bo
 // dw = sum over positions of dy x; epilogue.out = dw [k, r, s, c / groups].
 template <class T>
 Status launch_conv_wgrad(const ConvProblem<T>& problem, Stream stream) {
-  Status status = check_conv(problem);
+  Status status = check_conv(problem, kWgrad);
   if (!status.ok()) return status;
   if (problem.tile < 0 || problem.tile >= kWgradTileCount) return {"conv_wgrad: tile must be in [0, 2)"};
   const ConvShape& g = problem.shape;

@@ -1,7 +1,7 @@
 // Typed parameters of the convolution kernels and the geometry that they share.
 //
 // Letters: input n h w c, filter k r s c (c = channels of one group), output n p q k. All tensors are dense and
-// channels-last. One image must hold fewer than 2^31 elements; whole tensors may hold more (64-bit offsets).
+// channels-last. Whole tensors may pass 2^31 elements (64-bit offsets), one image may not (limits.h).
 #pragma once
 
 #include "activation.cuh"

@@ -163,12 +163,8 @@ template <class Tr>
 Status run_conv_wgrad(ConvWgradParams<typename Tr::T> p, Stream stream) {
   const ConvShape& g = p.shape;
   const int cg = g.c / g.groups, kg = g.k / g.groups;
-  if (static_cast<int64_t>(g.n) * g.p * g.q > 0x7fffffffll - Tr::BK) return {"conv_wgrad: n * p * q exceeds 2^31"};
-  if (static_cast<int64_t>(g.r) * g.s * cg > 0x7fffffffll - Tr::BN) return {"conv_wgrad: r * s * c exceeds 2^31"};
-  if (g.groups > 65535) return {"conv_wgrad: more than 65535 groups"};
   p.n_tiles = ceil_div(g.r * g.s * cg, Tr::BN);
   int64_t tiles = static_cast<int64_t>(ceil_div(kg, Tr::BM)) * p.n_tiles;
-  if (tiles > 0x7fffffff) return {"conv_wgrad: too many tiles"};
   p.out_elems = static_cast<int64_t>(g.k) * g.r * g.s * cg;
   dim3 grid(static_cast<unsigned>(tiles), g.groups, p.splits);
   return launch(conv_wgrad_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kSmem, stream, p);

@@ -17,20 +17,9 @@
 
 #include "common.cuh"
 #include "launch.cuh"
+#include "size_limits.h"
 
 namespace fastconv {
-
-constexpr int kLossThreads = 256;
-enum class Reduction : int { kNone, kMean, kSum };
-
-struct LossShape {
-  int64_t rows;  // n * d
-  int classes, d;
-  int64_t stride_n, stride_c, stride_d;  // of input, and of its gradient and probability targets, in elements
-  int64_t ignore_index;
-  float smoothing;
-  Reduction reduction;
-};
 
 template <class T>
 struct LossParams {
@@ -47,12 +36,7 @@ struct LossParams {
   LossShape shape;
 };
 
-// Lanes per row. Threads of one warp should read neighbouring addresses and have about 8 or more classes each.
-inline int loss_lanes(const LossShape& s) {
-  if (s.stride_c != 1 && s.d > 1) return 1;
-  if (s.classes <= 16) return 1;
-  return s.classes <= 4096 ? kWarp : kLossThreads;
-}
+inline int loss_lanes(const LossShape& s) { return loss_lanes(s.classes, s.stride_c != 1 && s.d > 1); }
 inline int64_t loss_blocks(const LossShape& s) { return ceil_div64(s.rows, kLossThreads / loss_lanes(s)); }
 
 struct RunningLse {
@@ -246,7 +230,8 @@ bool loss_vec(const LossShape& s, uintptr_t address_bits) {
 template <class T>
 Status launch_cross_entropy(const LossParams<T>& p, Stream stream) {
   const int64_t blocks = loss_blocks(p.shape);
-  if (blocks < 1 || blocks > 0x7fffffff) return {"cross_entropy: number of rows is out of range"};
+  if (blocks < 1) return {"cross_entropy: no rows"};
+  if (Status status{loss_limit(p.shape.rows, p.shape.classes, p.shape.d)}; !status.ok()) return status;
   if (!p.target && !p.target_u8 && !p.probabilities) return {"cross_entropy: no target"};
   const dim3 grid(static_cast<unsigned>(blocks)), block(kLossThreads);
   constexpr int kN = kVec16<T>;

@@ -96,7 +96,9 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_backward_kernel(Lo
 template <class T>
 Status launch_cross_entropy_backward(const LossBackwardParams<T>& p, Stream stream) {
   const int64_t blocks = loss_blocks(p.forward.shape);
-  if (blocks < 1 || blocks > 0x7fffffff) return {"cross_entropy_backward: number of rows is out of range"};
+  if (blocks < 1) return {"cross_entropy_backward: no rows"};
+  if (Status status{loss_limit(p.forward.shape.rows, p.forward.shape.classes, p.forward.shape.d)}; !status.ok())
+    return status;
   if (!p.forward.probabilities && !p.grad_input) return {"cross_entropy_backward: class indices have no gradient"};
   const dim3 grid(static_cast<unsigned>(blocks)), block(kLossThreads);
   constexpr int kN = kVec16<T>;

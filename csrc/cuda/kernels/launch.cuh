@@ -13,6 +13,9 @@
 #else
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
+#include <cstdlib>
 #include <string>
 #endif
 
@@ -36,12 +39,22 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_byte
 
 using Stream = cudaStream_t;
 
-// Programmatic dependent launch: the host side sets this once when the device is sm_90 or later. A kernel then starts
-// while the one before it drains; every kernel here calls ptx::pdl_wait before it touches global memory, so the order
-// stays.
-inline bool& pdl_enabled() {
-  static bool enabled = false;
-  return enabled;
+// Programmatic dependent launch, with FASTCONV_PDL=1 on sm_90 and later: a kernel starts while the one before it
+// drains. Every kernel here calls ptx::pdl_wait before it touches global memory, so the order stays. Off until a GPU
+// has shown what it gains (bench/gpu.sh, part pdl).
+inline bool dependent_launch() {
+  static const bool wanted = [] {
+    const char* text = std::getenv("FASTCONV_PDL");
+    return text && std::string(text) == "1";
+  }();
+  if (!wanted) return false;
+  static std::array<std::atomic<int>, 64> known{};  // compute capability by device; 0: not asked yet
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= static_cast<int>(known.size())) return false;
+  major = known[device].load(std::memory_order_relaxed);
+  if (major == 0 && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
+    known[device].store(major, std::memory_order_relaxed);
+  return major >= 9;
 }
 
 template <class... Params, class... Args>
@@ -60,7 +73,7 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_byte
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
-    config.numAttrs = pdl_enabled() ? 1 : 0;
+    config.numAttrs = dependent_launch() ? 1 : 0;
     e = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   }
   if (e == cudaSuccess) e = cudaGetLastError();

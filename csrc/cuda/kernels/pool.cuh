@@ -13,7 +13,7 @@
 
 #include "common.cuh"
 #include "launch.cuh"
-#include "shapes.h"
+#include "size_limits.h"
 
 namespace fastconv {
 
@@ -223,8 +223,7 @@ Status run_pool(PoolKind kind, bool backward, const PoolParams<T>& p, dim3 grid,
 template <class T>
 Status launch_pool(PoolKind kind, bool backward, const PoolParams<T>& p, Stream stream) {
   const PoolShape& g = p.shape;
-  if (kind == PoolKind::kMax && p.offsets && g.r * g.s > 256)
-    return {"max_pool2d: a window holds at most 256 positions"};
+  if (Status status{pool_limit(g, kind, p.offsets != nullptr, g.divisor_override)}; !status.ok()) return status;
   if (kind == PoolKind::kMax && backward && !p.offsets) return {"max_pool2d_backward: needs the offsets"};
   constexpr int kN = kVec16<T>;
   const bool vec = g.c % kN == 0 &&

@@ -1,12 +1,22 @@
 // Shapes that the host side hands to the kernels: plain C++, for compilers that know no CUDA.
 #pragma once
 
+#include <cstdint>
+
 namespace fastconv {
+
+enum ConvKind : int { kFprop, kDgrad, kWgrad, kDepthwiseFprop, kDepthwiseDgrad, kDepthwiseWgrad };
 
 struct ConvShape {
   int n, h, w, c, k, r, s, p, q;  // c and k count all groups
   int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
 };
+
+// One filter per channel: kernels of their own.
+template <class Shape>
+constexpr bool is_depthwise(const Shape& g) {
+  return g.groups > 1 && g.groups == g.c && g.k == g.c;
+}
 
 struct ConvTileSize {
   int bm, bn;
@@ -27,5 +37,24 @@ struct PoolShape {
   bool count_include_pad;
   int divisor_override;  // 0: none
 };
+
+enum class Reduction : int { kNone, kMean, kSum };
+
+struct LossShape {
+  int64_t rows;  // n * d
+  int classes, d;
+  int64_t stride_n, stride_c, stride_d;  // of input, and of its gradient and probability targets, in elements
+  int64_t ignore_index;
+  float smoothing;
+  Reduction reduction;
+};
+
+constexpr int kLossThreads = 256;  // of a block of the cross-entropy kernels
+
+// Threads that share a row. Threads of one warp should read neighbouring addresses and have about 8 or more classes
+// each. apart: the classes of a row do not lie side by side in memory, neighbouring rows do.
+constexpr int loss_lanes(int64_t classes, bool apart) {
+  return apart || classes <= 16 ? 1 : (classes <= 4096 ? 32 : kLossThreads);
+}
 
 }  // namespace fastconv
