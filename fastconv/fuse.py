@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ._fuse.analysis import Analysis
-from ._fuse.module import Rebuilder
+from ._fuse.module import Rebuilder, Restorer
 from ._fuse.plan import CHANNELS_LAST, Group, Plan, Planner
 from ._fuse.report import FusionReport, report
 
-__all__ = ["FusionReport", "Group", "fuse", "fusion_report"]
+__all__ = ["FusionReport", "Group", "fuse", "fusion_report", "unfuse"]
 
 
 def fuse(
@@ -75,8 +75,30 @@ def _convert_weights(analysis: Analysis, plans: dict[int, Plan]) -> None:
     for module in analysis.order:
         for path in plans[id(module)].convs:
             weight = analysis.paths(module)[path].weight
-            if weight.dim() == 4:
+            if weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+                plans[id(module)].converted.append(path)
                 weight.data = weight.data.to(memory_format=torch.channels_last)
+
+
+def unfuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """The stock model again: what fuse() made of it, undone.
+
+    Every fused container of ``model`` becomes an instance of its stock class; modules, Parameters, buffers, modes, hooks
+    and state_dict stay, and so does what was trained. Weights that fuse() put into channels_last become contiguous.
+    Works on whatever holds fused containers: copies, unpickled models, submodules, wrappers. Without any, the model is
+    returned as it is.
+
+    inplace: False returns a model of its own whose containers are copies and whose layers, parameters and buffers are
+    shared with ``model``, which stays fused. True changes the containers of ``model`` and returns it.
+
+    Raises TypeError if model is no module.
+
+    >>> stock = fastconv.unfuse(fused)
+    >>> torch.save(stock, "model.pt")  # loads where fastconv is not installed
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model expected torch.nn.Module, got {type(model).__name__}")
+    return Restorer(inplace).restore(model)
 
 
 def fusion_report(model: nn.Module) -> FusionReport:

@@ -43,7 +43,7 @@ class Plan:
     """Compiled forwards by (kind of input, training), and what they were derived from.
 
     Empty ``functions``: the stock forward runs. ``watch``: the submodules by container path that the graph was unrolled
-    over. ``reads``: the container's own attributes that the graphs depend on. ``flags``: paths of modules whose code is
+    over. ``converted``: paths of the convolutions whose weights fuse() made channels_last. ``reads``: the container's own attributes that the graphs depend on. ``flags``: paths of modules whose code is
     inlined in graphs that depend on the mode. ``written``: a caller writes in place to the results.
     """
 
@@ -56,6 +56,7 @@ class Plan:
     reads: frozenset[str] = frozenset()
     groups: list[Group] = field(default_factory=list)
     convs: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     reason: str = ""
     views: bool = False
