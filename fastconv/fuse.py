@@ -83,8 +83,9 @@ def _convert_weights(analysis: Analysis, plans: dict[int, Plan]) -> None:
 def unfuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     """The stock model again: what fuse() made of it, undone.
 
-    Every fused container of ``model`` becomes an instance of its stock class; modules, Parameters, buffers, modes, hooks
-    and state_dict stay, and so does what was trained. Weights that fuse() put into channels_last become contiguous.
+    Every fused container of ``model`` becomes an instance of its stock class; modules, Parameters, buffers, modes,
+    hooks and state_dict stay, and so does what was trained. Weights that fuse() put into channels_last become
+    contiguous.
     Works on whatever holds fused containers: copies, unpickled models, submodules, wrappers. Without any, the model is
     returned as it is.
 

@@ -43,8 +43,9 @@ class Plan:
     """Compiled forwards by (kind of input, training), and what they were derived from.
 
     Empty ``functions``: the stock forward runs. ``watch``: the submodules by container path that the graph was unrolled
-    over. ``converted``: paths of the convolutions whose weights fuse() made channels_last. ``reads``: the container's own attributes that the graphs depend on. ``flags``: paths of modules whose code is
-    inlined in graphs that depend on the mode. ``written``: a caller writes in place to the results.
+    over. ``reads``: the container's own attributes that the graphs depend on. ``flags``: paths of modules whose code is
+    inlined in graphs that depend on the mode. ``converted``: paths of the convolutions whose weights fuse() made
+    channels_last. ``written``: a caller writes in place to the results.
     """
 
     names: list[str] = field(default_factory=list)
