@@ -22,7 +22,11 @@ __all__ = ["FusionReport", "Group", "fuse", "fusion_report", "unfuse"]
 
 
 def fuse(
-    model: nn.Module, inplace: bool = False, *, memory_format: torch.memory_format = torch.channels_last
+    model: nn.Module,
+    inplace: bool = False,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+    defer_bn: bool | str = False,
 ) -> nn.Module:
     """The model with groups of layers run as fused operators.
 
@@ -44,7 +48,13 @@ def fuse(
     are where some forward calls view() or could not be read: view() fails on the channels_last results that stock
     PyTorch makes of such weights. inplace=True, or model.to(memory_format=torch.channels_last), converts them.
 
-    Raises TypeError if model is no module, ValueError on another memory_format.
+    defer_bn: whether a training step keeps less for its backward: of a group with convolution and batch norm the
+    convolution's raw output alone. What the next convolutions read, normalised, activated and with the residual added,
+    is computed again in the backward by the same kernel, one pass over the tensor for each group; the gradients are the
+    same. True: every such group. "auto": those whose result nothing in sight keeps anyway. No effect in evaluation,
+    under torch.compile and where stock PyTorch runs the group.
+
+    Raises TypeError if model is no module, ValueError on another memory_format or defer_bn.
 
     >>> model = fastconv.fuse(torchvision.models.resnet18())
     >>> loss = model(images).sum()
@@ -55,8 +65,10 @@ def fuse(
         raise ValueError(
             f"fuse: memory_format expected torch.channels_last or torch.preserve_format, got {memory_format}"
         )
+    if defer_bn not in (False, True, "auto"):
+        raise ValueError(f"fuse: defer_bn expected False, True or 'auto', got {defer_bn!r}")
     analysis = Analysis(model)
-    planner = Planner(analysis, memory_format)
+    planner = Planner(analysis, memory_format, defer_bn)
     plans = {id(module): planner.plan(module) for module in analysis.order}
     if not any(plan.groups for plan in plans.values()):
         return model

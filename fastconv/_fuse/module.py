@@ -77,9 +77,9 @@ def _rebuild(base: type) -> nn.Module:
 
 def refresh(module: nn.Module) -> Plan:
     """Derives the container's plan from its present state."""
-    layout, written = module.__dict__.get("_fastconv_options", ("channels_last", False))
+    layout, written, defer_bn = module.__dict__.get("_fastconv_options", ("channels_last", False, False))
     memory_format = CHANNELS_LAST if layout == "channels_last" else torch.preserve_format
-    planner = Planner(Analysis(module), memory_format)
+    planner = Planner(Analysis(module), memory_format, defer_bn)
     for child in module.modules():
         if isinstance(child, FusedMixin) and child is not module:
             planner.planned.add(id(child))
@@ -129,7 +129,7 @@ def install(module: nn.Module, plan: Plan) -> None:
         module.__class__ = fused_class(base_class(module))
     module.__dict__["_fastconv_plan"] = plan
     layout = "channels_last" if plan.memory_format == CHANNELS_LAST else "preserve"
-    module.__dict__["_fastconv_options"] = layout, plan.written
+    module.__dict__["_fastconv_options"] = layout, plan.written, plan.defer_bn
     converted = (*module.__dict__.get("_fastconv_converted", ()), *plan.converted)
     module.__dict__["_fastconv_converted"] = tuple(dict.fromkeys(converted))
 

@@ -54,6 +54,7 @@ class Match:
     residual: fx.Node | None = None
     act: str | None = None  # a module's path, or an activation's name
     act_is_module: bool = False
+    deferred: bool = False
     words: list[str] = field(default_factory=list)
 
     @property

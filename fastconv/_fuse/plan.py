@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis, children, has_forward
+from .defer import mark_deferred
 from .patterns import Match
 from .rewrite import Rewriter
 from .trace import base_class
@@ -29,13 +30,14 @@ class Group:
 
     container: name of the module whose forward calls them ("" for the model itself). members: the layers' full names,
     in order; functional calls have none. pattern: "conv+bn+relu", "conv+bn+add+relu", "bn+relu", "max_pool2d", ...
-    modes: "train", "eval" or both.
+    modes: "train", "eval" or both. deferred: its result is recomputed in the backward instead of kept.
     """
 
     container: str
     members: tuple[str, ...]
     pattern: str
     modes: tuple[str, ...]
+    deferred: bool = False
 
 
 @dataclass(eq=False)
@@ -63,6 +65,7 @@ class Plan:
     views: bool = False
     written: bool = False
     memory_format: torch.memory_format = CHANNELS_LAST
+    defer_bn: bool | str = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self
@@ -111,8 +114,8 @@ def _no_plan() -> None:
 class Planner:
     """Makes the plans of a model's modules; children have to be planned before their parents."""
 
-    def __init__(self, analysis: Analysis, memory_format: torch.memory_format) -> None:
-        self.analysis = analysis
+    def __init__(self, analysis: Analysis, memory_format: torch.memory_format, defer_bn: bool | str = False) -> None:
+        self.analysis, self.defer_bn = analysis, defer_bn
         self.memory_format = memory_format
         self.nhwc = memory_format == CHANNELS_LAST
         self.planned: set[int] = set()
@@ -128,7 +131,7 @@ class Planner:
         traces = self.analysis.traces(module)
         plan = Plan(
             traces.names, probed=traces.probed, reads=traces.reads, reason=traces.reason,
-            memory_format=self.memory_format,
+            memory_format=self.memory_format, defer_bn=self.defer_bn,
             watch=(("", tuple(module._modules)),),
         )  # fmt: skip
         plan.written = self.analysis.result_written(module) if written is None else written
@@ -136,6 +139,7 @@ class Planner:
         for (kind, training), graph in traces.graphs.items():
             flow = self.analysis.flow(module, graph)
             matches, left = self.analysis.matches(module, graph, flow, plan.written)
+            mark_deferred(matches, self.analysis.paths(module), self.planned, self.defer_bn)
             self._note(plan, matches, left, kind, "train" if training else "eval")
             rewriter = Rewriter(self.analysis, module, graph, flow, matches, kind)
             rewritten |= rewriter.run(self.nhwc, self.planned)
@@ -161,9 +165,11 @@ class Planner:
             if same and kind == "list":
                 continue  # the graph for lists has the groups of the one for tensors
             if seen:
-                plan.groups[plan.groups.index(seen[0])] = Group("", members, match.pattern, (*seen[0].modes, mode))
+                plan.groups[plan.groups.index(seen[0])] = Group(
+                    "", members, match.pattern, (*seen[0].modes, mode), match.deferred
+                )
             else:
-                plan.groups.append(Group("", members, match.pattern, (mode,)))
+                plan.groups.append(Group("", members, match.pattern, (mode,), match.deferred))
         plan.left += [entry for entry in left if entry not in plan.left]
 
     def _watch(self, plan: Plan, module: nn.Module, graphs: dict[Any, fx.Graph]) -> None:

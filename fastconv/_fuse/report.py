@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -114,7 +114,7 @@ def report(model: nn.Module) -> FusionReport:
         if mine:
             for group in plan.groups:
                 members = tuple(prefix + m for m in group.members)
-                result.groups.append(Group(names[id(module)], members, group.pattern, group.modes))
+                result.groups.append(replace(group, container=names[id(module)], members=members))
                 fused.update(id(below[m]) for m in group.members)
         else:
             for group in plan.groups:

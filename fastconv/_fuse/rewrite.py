@@ -61,6 +61,8 @@ class Rewriter:
                 args += [match.add, self.copy[match.residual]]
             if match.pool:
                 function = runtime.pool
+            elif match.deferred:
+                function = runtime.conv_bn_act_deferred
             elif match.conv:
                 function = runtime.conv_bn_act if match.bn else runtime.conv_act
             else:

@@ -146,6 +146,17 @@ def _stock(x: Any, modules: list[Any], act: Any, add: str, residual: Any) -> Any
 
 def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(conv(x)) + residual); act is a module, a name or None, add "", "add" or "iadd"."""
+    return _conv_bn_act(x, conv, bn, act, nhwc, add, residual, False)
+
+
+def conv_bn_act_deferred(
+    x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None
+):
+    """The same, its result recomputed in the backward instead of kept."""
+    return _conv_bn_act(x, conv, bn, act, nhwc, add, residual, True)
+
+
+def _conv_bn_act(x, conv, bn, act, nhwc, add, residual, recompute):
     name, norm = activation_name(act), _norm_arguments(bn)
     if (
         not name
@@ -157,7 +168,8 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool,
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
     return FF.conv2d_bn_act(
         x, conv.weight, conv.bias, bn_weight=bn.weight, bn_bias=bn.bias, stride=conv.stride, padding=padding,
-        dilation=conv.dilation, groups=conv.groups, activation=name, residual=residual, **norm,
+        dilation=conv.dilation, groups=conv.groups, activation=name, residual=residual,
+        recompute=recompute, **norm,
     )  # fmt: skip
 
 
