@@ -38,6 +38,9 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "hardswish": F.hardswish,
 }
+# Batch norms that call an activation of their own, as timm's: by name, since the package need not be there.
+NORM_ACT_CLASSES = {"timm.layers.norm_act.BatchNormAct2d"}
+INNER = "(inner)"  # in a graph: the activation that the norm calls itself
 ADDITIONS = {"add": operator.add, "iadd": operator.iadd}
 
 
@@ -63,6 +66,18 @@ def activation_name(act: Any) -> str:
         if getattr(act, key) != value:
             return ""
     return "" if not name or has_hooks(act) else name
+
+
+def is_norm_act(module: Any) -> bool:
+    """Whether the module is a batch norm with ``drop`` and ``act`` inside; a subclass may compute something else."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" in NORM_ACT_CLASSES
+
+
+def _inner_activation(bn: Any) -> Any:
+    """What the norm calls behind itself: None for nothing, as a plain one does."""
+    act = bn.act if is_norm_act(bn) else None
+    return None if type(act) is nn.Identity and not has_hooks(act) else act
 
 
 def _plain_input(x: Any) -> bool:
@@ -104,7 +119,10 @@ def _conv_ready(conv: Any, x: Any) -> bool:
 
 def _norm_arguments(bn: Any) -> dict[str, Any] | None:
     """What nn.BatchNorm2d.forward passes on, and num_batches_tracked where it would count; None if bn is not plain."""
-    if type(bn) is not nn.BatchNorm2d or has_hooks(bn):
+    if is_norm_act(bn):
+        if type(bn.drop) is not nn.Identity or has_hooks(bn.drop) or has_hooks(bn):
+            return None
+    elif type(bn) is not nn.BatchNorm2d or has_hooks(bn):
         return None
     mean, var, count, momentum = bn.running_mean, bn.running_var, None, bn.momentum
     if (mean is None) != (var is None):
@@ -157,7 +175,9 @@ def conv_bn_act_deferred(
 
 
 def _conv_bn_act(x, conv, bn, act, nhwc, add, residual, recompute):
-    name, norm = activation_name(act), _norm_arguments(bn)
+    inner = _inner_activation(bn)
+    act, own = (None, inner) if act == INNER else (act, act)
+    name, norm = activation_name(own), _norm_arguments(bn)
     if (
         not name
         or norm is None
@@ -186,7 +206,9 @@ def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", re
 
 def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(x) + residual)."""
-    name, norm = activation_name(act), _norm_arguments(bn)
+    inner = _inner_activation(bn)
+    act, own = (None, inner) if act == INNER else (act, act)
+    name, norm = activation_name(own), _norm_arguments(bn)
     if not name or norm is None or not _plain_input(x) or (add and not _fits(residual, x, tuple(x.shape), False)):
         return _stock(x, [bn], act, add, residual)
     x = channels_last(x) if nhwc else x
