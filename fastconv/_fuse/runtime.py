@@ -297,14 +297,34 @@ def give_back(x: Any, was_contiguous: bool) -> Any:
     return contiguous(x) if was_contiguous else x
 
 
+# Dropout draws its mask in memory order: a contiguous copy gets the mask that the stock model's tensor gets.
+
+DROPOUT_MODULES = (nn.Dropout, nn.AlphaDropout)
+
+
 def drop(x: Any, module: nn.Module) -> Any:
-    """module(x), with the mask that a contiguous x gets from the same random state."""
-    return module(contiguous(x) if module.training and not getattr(module, "inplace", True) else x)
+    """module(x), with the stock mask."""
+    return _drop(module, x, module.training, getattr(module, "inplace", True))
 
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """F.dropout, likewise."""
-    return F.dropout(contiguous(input) if training and not inplace else input, p, training, inplace)
+    return _drop(lambda x: F.dropout(x, p, training, inplace), input, training, inplace)
+
+
+def alpha_dropout(input: Any, p: float = 0.5, training: bool = False, inplace: bool = False) -> Any:
+    """F.alpha_dropout, likewise."""
+    return _drop(lambda x: F.alpha_dropout(x, p, training, inplace), input, training, inplace)
+
+
+DROPOUT_FUNCTIONS = {F.dropout: dropout, F.alpha_dropout: alpha_dropout}
+
+
+def _drop(call: Any, x: Any, training: bool, inplace: bool) -> Any:
+    copy = contiguous(x) if training else x
+    if copy is x or not inplace:
+        return call(copy)
+    return x.copy_(call(copy))  # others may read x, and expect what was dropped
 
 
 def view(x: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
