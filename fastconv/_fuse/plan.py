@@ -31,6 +31,9 @@ class Group:
     container: name of the module whose forward calls them ("" for the model itself). members: the layers' full names,
     in order; functional calls have none. pattern: "conv+bn+relu", "conv+bn+add+relu", "bn+relu", "max_pool2d", ...
     modes: "train", "eval" or both. deferred: its result is recomputed in the backward instead of kept.
+
+    With an example input, of a training step on it: backend: the one that ran the group. kept: bytes that the group's
+    results hold for the backward. stock_kept: those of the same layers in the stock model.
     """
 
     container: str
@@ -38,6 +41,9 @@ class Group:
     pattern: str
     modes: tuple[str, ...]
     deferred: bool = False
+    backend: str = ""
+    kept: int | None = None
+    stock_kept: int | None = None
 
 
 @dataclass(eq=False)

@@ -44,6 +44,16 @@ INNER = "(inner)"  # in a graph: the activation that the norm calls itself
 ADDITIONS = {"add": operator.add, "iadd": operator.iadd}
 
 
+# Called with (module, inputs, result) by every group that ran fused: fastconv._fuse.kept listens here.
+OBSERVERS: list[Any] = []
+
+
+def _seen(module: nn.Module, inputs: tuple[Any, ...], result: Any) -> Any:
+    for observer in OBSERVERS:
+        observer(module, inputs, result)
+    return result
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward, or its forward was replaced on the instance."""
     return bool(
@@ -186,11 +196,12 @@ def _conv_bn_act(x, conv, bn, act, nhwc, add, residual, recompute):
     ):
         return _stock(x, [conv, bn], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
-    return FF.conv2d_bn_act(
+    out = FF.conv2d_bn_act(
         x, conv.weight, conv.bias, bn_weight=bn.weight, bn_bias=bn.bias, stride=conv.stride, padding=padding,
         dilation=conv.dilation, groups=conv.groups, activation=name, residual=residual,
         recompute=recompute, **norm,
     )  # fmt: skip
+    return _seen(conv, (x, residual), out)
 
 
 def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
@@ -199,9 +210,10 @@ def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", re
     if not name or not _conv_ready(conv, x) or (add and not _fits(residual, x, _conv_shape(conv, x), True)):
         return _stock(x, [conv], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
-    return FF.conv2d_bias_act(
+    out = FF.conv2d_bias_act(
         x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups, activation=name, residual=residual
     )
+    return _seen(conv, (x, residual), out)
 
 
 def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
@@ -212,7 +224,8 @@ def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residu
     if not name or norm is None or not _plain_input(x) or (add and not _fits(residual, x, tuple(x.shape), False)):
         return _stock(x, [bn], act, add, residual)
     x = channels_last(x) if nhwc else x
-    return FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
+    out = FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
+    return _seen(bn, (x, residual), out)
 
 
 def pool(x: Tensor, module: nn.Module, nhwc: bool):
@@ -222,15 +235,17 @@ def pool(x: Tensor, module: nn.Module, nhwc: bool):
         return module(x)
     x = channels_last(x) if nhwc else x
     if kind is nn.AdaptiveAvgPool2d:
-        return FF.adaptive_avg_pool2d(x, module.output_size)
+        return _seen(module, (x,), FF.adaptive_avg_pool2d(x, module.output_size))
     if kind is nn.AvgPool2d:
-        return FF.avg_pool2d(
+        out = FF.avg_pool2d(
             x, module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad,
             module.divisor_override,
         )  # fmt: skip
-    return FF.max_pool2d(
+        return _seen(module, (x,), out)
+    out = FF.max_pool2d(
         x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices
     )
+    return _seen(module, (x,), out)
 
 
 POOL_MODULES = {nn.MaxPool2d: "max_pool2d", nn.AvgPool2d: "avg_pool2d", nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d"}
