@@ -18,6 +18,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A Function's tensors; under torch.compile a repeated one becomes a view of itself.
+
+    Dynamo gives an argument that occurs twice the gradient of its last place alone (seen in PyTorch 2.11): a block
+    ``relu(bn(conv(x)) + x)`` lost the convolution's.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for i, t in enumerate(tensors):
+        repeated = t is not None and any(t is other for other in tensors[:i])
+        found.append(t.view_as(t) if repeated else t)
+    return tuple(found)
+
+
 class _Refused(torch.autograd.Function):
     """Hands ``count`` gradients on, tied to the tensors that they depend on by a backward that raises."""
 
