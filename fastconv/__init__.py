@@ -10,7 +10,7 @@ runs here, ``fastconv.explain`` which backend a call takes.
 from . import functional, nn, tune
 from ._version import __version__
 from .explain import explain
-from .fuse import fuse, fusion_report
+from .fuse import fuse, fusion_report, unfuse
 from .inference import optimize_for_inference
 from .ops import backends, use_backend
 from .train import TrainStep
@@ -26,5 +26,6 @@ __all__ = [
     "nn",
     "optimize_for_inference",
     "tune",
+    "unfuse",
     "use_backend",
 ]

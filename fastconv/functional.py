@@ -25,7 +25,8 @@ from . import ops
 from ._losses import cross_entropy
 from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .autograd import BatchNormActFunction, Conv2dBiasActFunction, Conv2dBnActFunction
-from .autograd.common import needs_grad
+from .autograd.common import distinct, needs_grad
+from .autograd.deferred import may_defer
 from .ops.fake import conv_output_size
 
 __all__ = [
@@ -130,7 +131,7 @@ def _conv2d_bias_act(backend, input, weight, bias, residual, *settings):
     if backend == "aten":
         return ops.aten.conv2d_bias_act(input, weight, bias, residual, *settings)
     if needs_grad(input, weight, bias, residual):
-        return Conv2dBiasActFunction.apply(input, weight, bias, residual, *settings, backend)
+        return Conv2dBiasActFunction.apply(*distinct(input, weight, bias, residual), *settings, backend)
     return ops.impl(backend, "conv2d_bias_act")(input, weight, bias, residual, *settings, False)[0]
 
 
@@ -221,7 +222,7 @@ def _batch_norm_act(backend, input, residual, weight, bias, *stats_and_settings)
         residual = None if residual is None else residual.reshape(input.shape)
     args = (input, residual, weight, bias, *stats_and_settings)
     if needs_grad(input, residual, weight, bias):
-        out = BatchNormActFunction.apply(*args, backend)
+        out = BatchNormActFunction.apply(*distinct(*args[:4]), *args[4:], backend)
     else:
         out = ops.impl(backend, "batch_norm_act")(*args)[0]
     return out if len(shape) == 4 else out.reshape(shape)
@@ -264,12 +265,17 @@ def conv2d_bn_act(
     activation: str = "relu",
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight) + bias) + residual) in one operator.
 
     The convolution's arguments as :func:`conv2d_bias_act`, the normalisation's as :func:`batch_norm_act`, with running
     statistics, bn_weight and bn_bias of shape [K]. In evaluation without gradients the normalisation becomes a scale
     and shift in the convolution's epilogue and the convolution's raw output is not kept.
+
+    recompute: in training, keep the convolution's raw output alone for the backward. The result is recomputed from it
+    there, for this call and for the convolutions of this module that read it; a reader that keeps its input by itself
+    still does. The gradients are the same. No effect in evaluation, under torch.compile and in the ``aten`` backend.
     """
     op = "conv2d_bn_act"
     check.tensor(op, "input", input)
@@ -299,19 +305,21 @@ def conv2d_bn_act(
         return conv2d_bn_act(
             input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride=stride, padding=padding,
             dilation=dilation, groups=groups, training=training, momentum=momentum, eps=eps, activation=activation,
-            residual=residual, num_batches_tracked=num_batches_tracked,
+            residual=residual, num_batches_tracked=num_batches_tracked, recompute=recompute,
         ).squeeze(0)  # fmt: skip
     limit = _norm_limit(input, **vectors)
     tensors = (input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked)
     settings = (stride, padding, dilation, groups, training, momentum, eps, activation)
-    return _conv2d_bn_act(ops.select(op, tensors, settings, limit, _conv2d_bn_act), *tensors, *settings)
+    recompute = recompute and training and may_defer()
+    backend = ops.select(op, tensors, settings, limit, _conv2d_bn_act)
+    return _conv2d_bn_act(backend, *tensors, *settings, recompute=recompute)
 
 
-def _conv2d_bn_act(backend, *args):
+def _conv2d_bn_act(backend, *args, recompute=False):
     input, weight, bias, residual, bn_weight, bn_bias, *stats = args[:9]
     if backend == "aten":
         out = F.conv2d(input, weight, bias, *args[9:13])
         return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, *args[13:])
     if needs_grad(input, weight, bias, residual, bn_weight, bn_bias):
-        return Conv2dBnActFunction.apply(*args, backend)
+        return Conv2dBnActFunction.apply(*distinct(*args[:6]), *args[6:], recompute, backend)
     return ops.impl(backend, "conv2d_bn_act")(*args, False)[0]

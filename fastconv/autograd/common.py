@@ -10,11 +10,27 @@ from torch import Tensor
 
 from .._checks import PREACT_ACTIVATIONS
 from ..ops import impl
+from . import deferred
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operator on these tensors; without it no Function is needed."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A Function's tensors; under torch.compile a repeated one becomes a view of itself.
+
+    Dynamo gives an argument that occurs twice the gradient of its last place alone (seen in PyTorch 2.11): a block
+    ``relu(bn(conv(x)) + x)`` lost the convolution's.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for i, t in enumerate(tensors):
+        repeated = t is not None and any(t is other for other in tensors[:i])
+        found.append(t.view_as(t) if repeated else t)
+    return tuple(found)
 
 
 class _Refused(torch.autograd.Function):
@@ -46,12 +62,15 @@ def differentiable_once(backward: Callable) -> Callable:
     def wrapper(ctx, *grad_outputs: Tensor):
         # Grad mode is on in a backward that was called with create_graph=True, and while torch.compile traces one.
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        saved = ctx.saved_tensors  # once: under activation checkpointing a second read is an error
+        saved = deferred.saved(ctx)  # once: under activation checkpointing a second read is an error
         with torch.no_grad():
             grads = backward(ctx, saved, *grad_outputs)
+        deferred.release(ctx)
         if not again:
             return grads
         sources = [t for t in (*saved, *grad_outputs) if t is not None and t.requires_grad]
+        if getattr(ctx, "source", None) is not None:
+            sources.append(torch.zeros((), requires_grad=True))  # stands for an input that was not kept
         if not sources:
             return grads
         places = [i for i, g in enumerate(grads) if g is not None]
