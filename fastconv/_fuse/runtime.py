@@ -41,6 +41,10 @@ ACTIVATIONS = {
 ADDITIONS = {"add": operator.add, "iadd": operator.iadd}
 
 
+# Stand-ins for plain tensors while a compiler runs a graph to trace it; fastconv._dynamo puts their types here.
+TRACED: set[type] = set()
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward, or its forward was replaced on the instance."""
     return bool(
@@ -65,41 +69,41 @@ def activation_name(act: Any) -> str:
     return "" if not name or has_hooks(act) else name
 
 
-def _plain_input(x: Any) -> bool:
+def plain_input(x: Any) -> bool:
     # Subclasses (tensors with metadata, distributed and functional tensors) bring their own rules for stock operators.
     return (
-        (type(x) is Tensor or type(x) is nn.Parameter)
+        (type(x) is Tensor or type(x) is nn.Parameter or type(x) in TRACED)
         and x.dim() == 4
         and x.is_floating_point()
         and x.layout is torch.strided
     )
 
 
-def _fits(residual: Any, x: Tensor, shape: tuple[int, ...], cast: bool) -> bool:
+def fits(residual: Any, x: Tensor, shape: tuple[int, ...], cast: bool) -> bool:
     """Whether residual has the shape, dtype and device that the sum has without broadcasting or promotion."""
     dtype, kind = x.dtype, x.device.type
     if cast and dtype is not torch.float64 and not x.is_meta and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    return (
-        _plain_input(residual) and residual.dtype is dtype and residual.device == x.device and residual.shape == shape
-    )
+    return plain_input(residual) and residual.dtype is dtype and residual.device == x.device and residual.shape == shape
+
+
+def conv_shape(x: Tensor, channels: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
+    """The shape of a convolution's output; the settings are pairs, padding may be 'same' or 'valid'."""
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [t if padding == "same" else 0 for t in total]
+    else:
+        padding = [2 * p for p in padding]
+    size = [(x.size(2 + i) + padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    return (x.size(0), channels, *size)
 
 
 def _conv_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
-    if isinstance(conv.padding, str):
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        padding = [t if conv.padding == "same" else 0 for t in total]
-    else:
-        padding = [2 * p for p in conv.padding]
-    size = [
-        (x.size(2 + i) + padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i in (0, 1)
-    ]
-    return (x.size(0), conv.out_channels, *size)
+    return conv_shape(x, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
 
 def _conv_ready(conv: Any, x: Any) -> bool:
-    return type(conv) is nn.Conv2d and not has_hooks(conv) and _plain_input(x)
+    return type(conv) is nn.Conv2d and not has_hooks(conv) and plain_input(x)
 
 
 def _norm_arguments(bn: Any) -> dict[str, Any] | None:
@@ -151,7 +155,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool,
         not name
         or norm is None
         or not _conv_ready(conv, x)
-        or (add and not _fits(residual, x, _conv_shape(conv, x), True))
+        or (add and not fits(residual, x, _conv_shape(conv, x), True))
     ):
         return _stock(x, [conv, bn], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
@@ -164,7 +168,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool,
 def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(conv(x) + residual)."""
     name = activation_name(act)
-    if not name or not _conv_ready(conv, x) or (add and not _fits(residual, x, _conv_shape(conv, x), True)):
+    if not name or not _conv_ready(conv, x) or (add and not fits(residual, x, _conv_shape(conv, x), True)):
         return _stock(x, [conv], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
     return FF.conv2d_bias_act(
@@ -175,7 +179,7 @@ def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", re
 def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(x) + residual)."""
     name, norm = activation_name(act), _norm_arguments(bn)
-    if not name or norm is None or not _plain_input(x) or (add and not _fits(residual, x, tuple(x.shape), False)):
+    if not name or norm is None or not plain_input(x) or (add and not fits(residual, x, tuple(x.shape), False)):
         return _stock(x, [bn], act, add, residual)
     x = channels_last(x) if nhwc else x
     return FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
@@ -184,7 +188,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residu
 def pool(x: Tensor, module: nn.Module, nhwc: bool):
     """MaxPool2d, AvgPool2d or AdaptiveAvgPool2d."""
     kind = type(module)
-    if kind not in POOL_MODULES or has_hooks(module) or not _plain_input(x):
+    if kind not in POOL_MODULES or has_hooks(module) or not plain_input(x):
         return module(x)
     x = channels_last(x) if nhwc else x
     if kind is nn.AdaptiveAvgPool2d:
@@ -203,15 +207,15 @@ POOL_MODULES = {nn.MaxPool2d: "max_pool2d", nn.AvgPool2d: "avg_pool2d", nn.Adapt
 
 
 def max_pool2d(input: Tensor, *args: Any, **kwargs: Any):
-    return (FF if _plain_input(input) else F).max_pool2d(input, *args, **kwargs)
+    return (FF if plain_input(input) else F).max_pool2d(input, *args, **kwargs)
 
 
 def avg_pool2d(input: Tensor, *args: Any, **kwargs: Any):
-    return (FF if _plain_input(input) else F).avg_pool2d(input, *args, **kwargs)
+    return (FF if plain_input(input) else F).avg_pool2d(input, *args, **kwargs)
 
 
 def adaptive_avg_pool2d(input: Tensor, *args: Any, **kwargs: Any):
-    return (FF if _plain_input(input) else F).adaptive_avg_pool2d(input, *args, **kwargs)
+    return (FF if plain_input(input) else F).adaptive_avg_pool2d(input, *args, **kwargs)
 
 
 POOL_FUNCTIONS = {

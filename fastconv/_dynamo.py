@@ -1,0 +1,67 @@
+"""torch.compile(model, backend="fastconv"): the graphs that Dynamo captures, with fuse()'s groups, run eagerly.
+
+The second door to the rewrite, for code that torch.fx cannot trace module by module: Dynamo sees through control flow
+and calls between modules, guards what it has seen and splits the graph where it cannot look. The entry point
+``torch_dynamo_backends`` makes the name known to torch.compile without importing fastconv.
+
+    step = torch.compile(model, backend="fastconv")
+    step = torch.compile(model, backend="fastconv", options={"inner_backend": "inductor"})
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ._fuse import runtime
+from ._fuse.graph import rewrite
+
+log = logging.getLogger("fastconv")
+
+OPTIONS = ("inner_backend", "memory_format")
+
+
+def fastconv(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend: groups of the graph become calls of :mod:`fastconv.functional`, the rest stays.
+
+    options, as ``torch.compile(..., options={...})``:
+    inner_backend: name of the backend, or a backend, that gets the rewritten graph ("inductor", "aot_eager"). Default:
+    the graph runs as it is, operator by operator.
+    memory_format: torch.channels_last (default) keeps 4-d tensors in channels_last inside the graph, and gives results
+    the layout that stock PyTorch gives them; torch.preserve_format leaves layouts alone. Weights are the caller's:
+    ``model.to(memory_format=torch.channels_last)`` saves a copy of each at every call.
+
+    Groups are counted in ``torch._dynamo.utils.counters["fastconv"]``, by pattern. Raises ValueError on another option
+    or memory_format.
+    """
+    options = dict(options or {})
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"backend fastconv: options expected {' and '.join(OPTIONS)}, got {name!r}")
+    layout = options.get("memory_format", torch.channels_last)
+    if layout not in (torch.channels_last, torch.preserve_format):
+        raise ValueError(
+            "backend fastconv: memory_format expected torch.channels_last or torch.preserve_format, "
+            f"got {layout}"
+        )  # fmt: skip
+    fused, groups = rewrite(module, layout is torch.channels_last)
+    counts = torch._dynamo.utils.counters["fastconv"]
+    counts["graphs"] += 1
+    for group in groups:
+        counts[group.pattern] += 1
+    log.info("torch.compile: %d groups in a graph of %d nodes", len(groups), len(module.graph.nodes))
+    inner = options.get("inner_backend", "eager")
+    if inner == "eager":
+        return fused.forward
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    runtime.TRACED.update((FakeTensor, FunctionalTensor))  # the inner compiler runs the calls on these to trace them
+    return lookup_backend(inner)(fused, example_inputs)
