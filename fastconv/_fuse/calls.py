@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as FF
-from .runtime import ACTIVATIONS, ADDITIONS, channels_last, conv_shape, fits, plain_input
+from .runtime import ACTIVATIONS, ADDITIONS, channels_last, conv_shape, fits, named, plain_input
 
 
 def _ready(x: Any, weight: Any) -> bool:
@@ -44,6 +44,7 @@ def _exact(x: Tensor, weight: Tensor, settings: tuple[Any, ...], add: str, resid
     return fits(residual, x, shape, True)
 
 
+@named
 def conv_bn_act(
     x: Tensor, weight: Tensor, bias: Any, conv: tuple[Any, ...], norm: tuple[Any, ...], act: str | None, nhwc: bool,
     add: str = "", residual: Any = None,
@@ -64,6 +65,7 @@ def conv_bn_act(
     )  # fmt: skip
 
 
+@named
 def conv_act(
     x: Tensor, weight: Tensor, bias: Any, conv: tuple[Any, ...], act: str | None, nhwc: bool, add: str = "",
     residual: Any = None,
@@ -75,6 +77,7 @@ def conv_act(
     return FF.conv2d_bias_act(x, weight, bias, *conv, activation=act or "identity", residual=residual)
 
 
+@named
 def bn_act(x: Tensor, norm: tuple[Any, ...], act: str | None, nhwc: bool, add: str = "", residual: Any = None):
     """act(batch_norm(x) + residual)."""
     if not plain_input(x) or (add and not fits(residual, x, tuple(x.shape), False)):

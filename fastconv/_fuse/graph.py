@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import calls, runtime
-from .effects import Effect, Flow, analyse
+from .effects import Effect, analyse
 from .patterns import Match, Matcher
 from .rewrite import Rewriter
 

@@ -73,6 +73,7 @@ class Rewriter:
     def _put(self, match: Match, fused: fx.Node) -> None:
         """``fused`` in place of the group's nodes."""
         nodes = [self.copy[n] for n in match.nodes]
+        fused.kwargs = {"label": f"{match.pattern}: {' '.join(match.members)}"}
         nodes[-1].replace_all_uses_with(fused)
         for node in reversed(nodes):
             self.graph.erase_node(node)

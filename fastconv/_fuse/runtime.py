@@ -8,10 +8,13 @@ counts.
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.profiler as profiler
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +70,24 @@ def activation_name(act: Any) -> str:
         if getattr(act, key) != value:
             return ""
     return "" if not name or has_hooks(act) else name
+
+
+def profiling() -> bool:
+    """Whether a profiler wants ranges now: torch.profiler, or autograd.profiler.emit_nvtx."""
+    return profiler._is_profiler_enabled and not torch.compiler.is_compiling()
+
+
+def named(function: Callable) -> Callable:
+    """A group's function with a keyword argument ``label``: the name of its range in a profile."""
+
+    @functools.wraps(function)
+    def call(*args: Any, label: str = "") -> Any:
+        if not profiling():
+            return function(*args)
+        with profiler.record_function(label or function.__name__):
+            return function(*args)
+
+    return call
 
 
 def plain_input(x: Any) -> bool:
@@ -148,6 +169,7 @@ def _stock(x: Any, modules: list[Any], act: Any, add: str, residual: Any) -> Any
     return ACTIVATIONS[act](x) if isinstance(act, str) else act(x)
 
 
+@named
 def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(conv(x)) + residual); act is a module, a name or None, add "", "add" or "iadd"."""
     name, norm = activation_name(act), _norm_arguments(bn)
@@ -165,6 +187,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool,
     )  # fmt: skip
 
 
+@named
 def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(conv(x) + residual)."""
     name = activation_name(act)
@@ -176,6 +199,7 @@ def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", re
     )
 
 
+@named
 def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(x) + residual)."""
     name, norm = activation_name(act), _norm_arguments(bn)
@@ -185,6 +209,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residu
     return FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
 
 
+@named
 def pool(x: Tensor, module: nn.Module, nhwc: bool):
     """MaxPool2d, AvgPool2d or AdaptiveAvgPool2d."""
     kind = type(module)
@@ -226,11 +251,18 @@ POOL_FUNCTIONS = {
 }
 
 
-# Layout: inside, 4-d tensors are channels_last; a fused container gives its caller the layout that it was given.
+# Layout: inside, 4-d tensors are channels_last; a fused container gives its caller the layout that it was given. Inside
+# torch.func's transforms layouts stay as they are: vmap's tensors have none that could be asked for.
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def channels_last(x: Any) -> Any:
     """A 4-d tensor in channels_last, copied if need be; anything else as it is."""
+    if _transformed():
+        return x
     if type(x) is Tensor and x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous(memory_format=torch.channels_last)
     return x
@@ -238,6 +270,8 @@ def channels_last(x: Any) -> Any:
 
 def contiguous(x: Any) -> Any:
     """The value with every channels_last tensor in it made contiguous; tuples, lists and dicts keep their types."""
+    if _transformed():
+        return x
     if type(x) is Tensor:
         nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous() if nhwc else x
@@ -252,6 +286,8 @@ def contiguous(x: Any) -> Any:
 
 def came_contiguous(*values: Any) -> bool:
     """Whether none of the arguments is a channels_last tensor: the caller then expects contiguous ones back."""
+    if _transformed():
+        return False
     for x in values:
         if isinstance(x, (list, tuple)) and x:
             x = x[0]
