@@ -79,7 +79,7 @@ def test_residual_net_and_changing_batch():
 def test_everything_dynamic():
     """mark_dynamic sizes, and floats (momentum, eps, dropout's p) that Dynamo lifts into the graph."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.MaxPool2d(2)).double()
-    counts = assert_compiled(model, [[image(2, 3, 9, 8)], [image(5, 3, 12, 7)]], fullgraph=True, dynamic=True)
+    counts = assert_compiled(model, [[image(2, 3, 9, 8)], [image(5, 3, 13, 12)]], fullgraph=True, dynamic=True)
     assert groups(counts) == {"conv+bn+relu": 2, "max_pool2d": 2}
 
 
@@ -192,6 +192,11 @@ def write_through_a_view(m, x):
     return y
 
 
+def other_strides(m, x):
+    y = m.relu(m.bn1(m.conv1(x)))
+    return y.flatten(2), (y * 2)[0], (y * 3).transpose(1, 2)
+
+
 def graph_break(m, x):
     y = m.relu(m.bn1(m.conv1(x)))
     torch._dynamo.graph_break()
@@ -226,19 +231,31 @@ def loop(m, x):
 TRAPS = {
     read_between: {"conv+bn": 1}, write_between: {"bn+relu": 1}, weight_written_between: {},
     weight_that_is_computed: {"conv+relu": 1}, weight_that_is_an_output: {"conv+relu": 1}, two_readers: {"conv+bn": 1},
-    no_grad_between: {}, autocast_between: {"bn+relu": 1}, the_same_norm_twice: {"conv+bn+relu": 2},
+    no_grad_between: {"conv+add": 1}, autocast_between: {"bn+relu": 1}, the_same_norm_twice: {"conv+bn+relu": 2},
     outputs_that_share_memory: {"conv+bn+relu": 1}, views_and_strides: {"conv+bn+relu": 1},
     broadcast_addition: {"conv+bn+add+relu": 1}, promoted_addition: {"conv+bn+add+relu": 1},
-    write_through_a_view: {"conv+bn+relu": 1}, graph_break: {"conv+bn+relu": 1, "conv+bn+add+relu": 1},
+    write_through_a_view: {"conv+bn+relu": 1}, other_strides: {"conv+bn+relu": 1}, graph_break: {"conv+bn+relu": 1, "conv+bn+add+relu": 1},
     three_dimensions: {}, frozen_norm: {"conv+bn+relu": 1}, own_statistics: {"conv+bn+relu": 1},
-    keywords: {"conv": 0}, loop: {"conv+bn+silu": 2},
+    keywords: {}, loop: {"conv+bn+silu": 2},
 }  # fmt: skip
+
+
+WRITES = {write_between, weight_written_between, write_through_a_view}  # to what stock PyTorch's backward has saved
 
 
 @pytest.mark.parametrize("case", TRAPS, ids=lambda f: f.__name__)
 def test_traps(case):
-    counts = assert_compiled(Trap(case).double(), [[image(3, 4, 7, 6)]], modes=(True,))
-    assert groups(counts) == {k: n for k, n in TRAPS[case].items() if n}
+    model, x = Trap(case).double(), image(3, 4, 7, 6)
+    if case in WRITES:
+        stock = copy.deepcopy(model)
+        step, inputs = torch.compile(model, backend=_dynamo.fastconv), (x.clone(), x.clone())
+        with torch.no_grad():
+            assert_close(step(inputs[0]), stock(inputs[1]), 1e-9)
+        assert torch.equal(*inputs) and torch.equal(model.conv1.weight, stock.conv1.weight)
+        counts = Counter(counters["fastconv"])
+    else:
+        counts = assert_compiled(model, [[x]], modes=(True,))
+    assert groups(counts) == TRAPS[case]
 
 
 def test_dropout_draws_the_stock_mask():

@@ -84,3 +84,8 @@ def bn_act(x: Tensor, norm: tuple[Any, ...], act: str | None, nhwc: bool, add: s
         return _finish(F.batch_norm(x, *norm), act, add, residual)
     x = channels_last(x) if nhwc else x
     return FF.batch_norm_act(x, *norm, activation=act or "identity", residual=residual)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """What is contiguous in stock PyTorch, made so."""
+    return x.contiguous()

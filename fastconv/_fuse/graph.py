@@ -116,13 +116,16 @@ class GraphRewriter(Rewriter):
             viewed_as = name == "view" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
             if node.op in ("call_method", "call_function") and (name in LAYOUT_BOUND or viewed_as):
                 return False
-        output = self._output()
+            if node.op == "call_method" and name in ("view", "view_as") and self._written_through(node):
+                return False  # it has to be a view, which there may be none of a channels_last value
         seen: set[fx.Node] = set()
-        for value in output.all_input_nodes:
-            # Results that share memory would no longer do so after a copy.
-            owners = self.flow.owners[value]
-            if nhwc_of(value) is not None and (owners & seen or any(self.flow.owners[v] & owners for v in seen)):
-                return False
+        for value in self._output().all_input_nodes:
+            fake, owners = value.meta.get("example_value"), self.flow.owners[value]
+            if owners & seen:
+                return False  # results that share memory would no longer do so after a copy
+            inside = value.op not in ("placeholder", "get_attr") and isinstance(fake, Tensor)
+            if inside and not fake.is_contiguous() and nhwc_of(value) is None:
+                return False  # strides that are neither layout's come from views of stock's layout
             seen |= owners
         return True
 
@@ -137,12 +140,17 @@ class GraphRewriter(Rewriter):
                 continue
             copy = self.copy[node] if node.op != "output" else next(iter(reversed(self.graph.nodes)))
             for value in node.all_input_nodes:
-                stock = nhwc_of(value)
-                if stock is None or value.op in ("placeholder", "get_attr"):
+                fake = value.meta.get("example_value")
+                if value.op in ("placeholder", "get_attr") or not isinstance(fake, Tensor):
+                    continue
+                if fake.is_contiguous():
+                    function = calls.contiguous
+                elif nhwc_of(value):
+                    function = runtime.channels_last
+                else:
                     continue
                 inside = self.copy[value]
                 with self.graph.inserting_before(copy):
-                    function = runtime.channels_last if stock else runtime.contiguous
                     copy.replace_input_with(inside, self.graph.call_function(function, (inside,)))
 
     def _doors(self) -> None:

@@ -263,7 +263,11 @@ def channels_last(x: Any) -> Any:
     """A 4-d tensor in channels_last, copied if need be; anything else as it is."""
     if _transformed():
         return x
-    if type(x) is Tensor and x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+    if (
+        (type(x) is Tensor or type(x) in TRACED)
+        and x.dim() == 4
+        and not x.is_contiguous(memory_format=torch.channels_last)
+    ):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
