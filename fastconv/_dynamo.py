@@ -63,5 +63,9 @@ def fastconv(
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    runtime.TRACED.update((FakeTensor, FunctionalTensor))  # the inner compiler runs the calls on these to trace them
-    return lookup_backend(inner)(fused, example_inputs)
+    # The inner compiler runs the calls on these to trace them.
+    runtime.TRACED.update((FakeTensor, FunctionalTensor))
+    try:
+        return lookup_backend(inner)(fused, example_inputs)
+    finally:
+        runtime.TRACED.clear()

@@ -255,6 +255,9 @@ POOL_FUNCTIONS = {
 # torch.func's transforms layouts stay as they are: vmap's tensors have none that could be asked for.
 
 
+CHANNELS_LAST = torch.channels_last
+
+
 def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -180,7 +180,7 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
         return "inside a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "inside forward-mode AD"
-    # Not torch.overrides.has_torch_function: that says yes to every tensor while a mode is on (torch.set_default_device).
+    # Not torch.overrides.has_torch_function: it says yes to every tensor under a mode (torch.set_default_device).
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t).__torch_function__ is not _DISABLED:
             return "a tensor subclass overrides __torch_function__"
