@@ -20,7 +20,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return False
-    return not torch.compiler.is_exporting()
+    return not torch.compiler._is_exporting_flag  # is_exporting() reads it, but in torch.compile's traces it says True
 
 
 class _Refused(torch.autograd.Function):
