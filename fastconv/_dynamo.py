@@ -58,6 +58,7 @@ def fastconv(
     log.info("torch.compile: %d groups in a graph of %d nodes", len(groups), len(module.graph.nodes))
     inner = options.get("inner_backend", "eager")
     if inner == "eager":
+        _refuse_second_derivatives(fused)
         return fused.forward
     from torch._dynamo.backends.registry import lookup_backend
     from torch._subclasses.fake_tensor import FakeTensor
@@ -69,3 +70,32 @@ def fastconv(
         return lookup_backend(inner)(fused, example_inputs)
     finally:
         runtime.TRACED.clear()
+
+
+def _refuse_second_derivatives(module: fx.GraphModule) -> None:
+    """For the autograd Functions in a graph that is run as it is, those of a model that was fused before.
+
+    Dynamo traces their backward as a region without gradients, also where it is called with create_graph=True: a second
+    derivative would be missing in silence.
+    """
+    nodes = [n for n in module.graph.nodes if n.target is torch.ops.higher_order.autograd_function_apply]
+    for node in nodes:
+        node.target = _differentiable_once
+    if nodes:
+        module.recompile()
+
+
+def _differentiable_once(*args: Any, **kwargs: Any) -> Any:
+    results = torch.ops.higher_order.autograd_function_apply(*args, **kwargs)
+    for value in results if isinstance(results, (tuple, list)) else [results]:
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+            value.grad_fn.register_prehook(_refuse)
+    return results
+
+
+def _refuse(grads: Any) -> None:
+    if torch.is_grad_enabled():  # in a backward: it was called with create_graph=True
+        raise RuntimeError(
+            "a compiled autograd Function is differentiable once: backward with create_graph=True is not implemented. "
+            "Run the model uncompiled for second derivatives."
+        )

@@ -27,17 +27,22 @@ def fresh_dynamo():
     counters.clear()
 
 
-def assert_compiled(model: nn.Module, batches, modes=(True, False), rtol: float = 1e-9, **options) -> Counter:
+def assert_compiled(
+    model: nn.Module, batches, modes=(True, False), rtol: float = 1e-9, reference=lambda m: m, **options
+) -> Counter:
     """Outputs (values and strides), gradients and buffers as the stock copy's; returns the counts of the groups."""
     stock, step = copy.deepcopy(model), torch.compile(model, backend=_dynamo.fastconv, **options)
+    plain = reference(stock)
     for mode in modes:
         stock.train(mode)
         model.train(mode)
         for seed, inputs in enumerate(batches):
-            wanted, wanted_grads = run(stock, inputs, seed)
+            stock.zero_grad()
             model.zero_grad()
+            wanted, wanted_grads = run(plain, inputs, seed)
             got, got_grads = run(step, inputs, seed)
             got_grads = {name.removeprefix("_orig_mod."): grad for name, grad in got_grads.items()}
+            wanted_grads = {name.removeprefix("_orig_mod."): grad for name, grad in wanted_grads.items()}
             assert_close(got, wanted, rtol)
             assert [t.stride() for t in tensors_of(got)] == [t.stride() for t in tensors_of(wanted)]
             assert got_grads.keys() == wanted_grads.keys()
@@ -300,6 +305,40 @@ def test_a_fused_model_through_the_second_door():
     model = Net().double()
     stock, step = copy.deepcopy(model), torch.compile(fastconv.fuse(model), backend=_dynamo.fastconv)
     assert_close(step(image(2, 3, 9, 8)), stock(image(2, 3, 9, 8)), 1e-9)
+
+
+@pytest.mark.parametrize("fused", (False, True), ids=("stock model", "fused model"))
+def test_second_derivatives_are_refused(fused):
+    """Where the first backward is called with create_graph=True, or where the second one reaches a fused operator."""
+    if not fastconv.backends()["cpu"]:
+        pytest.skip("no fused operators here: stock PyTorch is twice differentiable")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)).double()
+    step = torch.compile(fastconv.fuse(model) if fused else model, backend=_dynamo.fastconv)
+    x = image(2, 3, 9, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        (first,) = torch.autograd.grad(step(x).sum(), x, create_graph=True)
+        (first.square().sum() + x.sum()).backward()
+    step(x).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", (True, False), ids=("reentrant", "non-reentrant"))
+def test_checkpointed_regions(reentrant):
+    """Their bodies are graphs of their own, rewritten too.
+
+    Compared with the stock model compiled: what Dynamo runs operator by operator is not recomputed, so running
+    statistics move once where they move twice without torch.compile.
+    """
+
+    class Model(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in (*self.blocks, *self.tail):
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+    stock = lambda m: torch.compile(m, backend="eager")  # noqa: E731
+    counts = assert_compiled(Model().double(), [[image(2, 3, 9, 8)]], modes=(True,), reference=stock)
+    assert groups(counts) == {"conv+bn+relu": 5, "conv+bn+add+relu": 4, "adaptive_avg_pool2d": 1}
 
 
 def test_inner_backend():

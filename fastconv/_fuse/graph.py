@@ -27,6 +27,7 @@ NORM_DEFAULTS = {
     for p in list(inspect.signature(F.batch_norm).parameters.values())[1:]
 }
 LAYERS = {torch.conv2d: (CONV, CONV_DEFAULTS), F.batch_norm: (NORM, NORM_DEFAULTS)}
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 # Calls that read the memory itself, or whose results depend on strides that Dynamo has put into the graph as numbers.
 LAYOUT_BOUND = {
     "as_strided", "as_strided_", "resize_", "resize_as_", "set_", "untyped_storage", "storage", "data_ptr",
@@ -121,7 +122,7 @@ class GraphRewriter(Rewriter):
         seen: set[fx.Node] = set()
         for value in self._output().all_input_nodes:
             fake, owners = value.meta.get("example_value"), self.flow.owners[value]
-            if owners & seen:
+            if fake is None or owners & seen:
                 return False  # results that share memory would no longer do so after a copy
             inside = value.op not in ("placeholder", "get_attr") and isinstance(fake, Tensor)
             if inside and not fake.is_contiguous() and nhwc_of(value) is None:
@@ -169,11 +170,17 @@ class GraphRewriter(Rewriter):
 
 
 def rewrite(module: fx.GraphModule, nhwc: bool) -> tuple[fx.GraphModule, list[Match]]:
-    """(the graph module with its groups fused, the groups); the module itself where there are none."""
+    """(the graph module with its groups fused, the groups); bodies of checkpointed regions are rewritten in place."""
+    inner = []
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is CHECKPOINT and node.args[0].op == "get_attr":
+            body, found = rewrite(getattr(module, node.args[0].target), nhwc)
+            setattr(module, node.args[0].target, body)
+            inner += found
     rewriter = GraphRewriter(module.graph)
     found = rewriter.run(nhwc)
     if not found:
-        return module, found
+        return module, inner
     fused = fx.GraphModule(module, rewriter.graph)
     fused.meta = dict(module.meta)
-    return fused, found
+    return fused, inner + found
