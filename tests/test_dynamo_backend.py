@@ -271,6 +271,13 @@ def test_dropout_draws_the_stock_mask():
     assert_compiled(Model().double(), [[image(2, 4, 5, 5)]])
 
 
+@pytest.mark.parametrize("draw", (torch.rand_like, torch.bernoulli, lambda y: F.dropout2d(y, 0.5, True)))
+def test_random_numbers_in_memory_order(draw):
+    """Drawn for stock's layout: the same numbers in the same places."""
+    model = Trap(lambda m, x: m.relu(m.bn1(m.conv1(x))) * draw(m.relu(m.bn2(x)).clamp(0, 1)))
+    assert_compiled(model.double(), [[image(2, 4, 5, 5)]], modes=(True,))
+
+
 def test_channels_last_in_channels_last_out():
     x = image(2, 3, 9, 8).contiguous(memory_format=torch.channels_last)
     model = nn.Sequential(Net().double().stem, nn.MaxPool2d(2))

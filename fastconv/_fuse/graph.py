@@ -34,6 +34,13 @@ LAYOUT_BOUND = {
     "view_as_real", "view_as_complex", "stride", "storage_offset", "is_contiguous",
 }  # fmt: skip
 
+# Calls that draw random numbers in the order of the memory of what they are given. Dropout, the frequent one, gets
+# stock's layout back instead.
+RANDOM = {
+    "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "normal_", "uniform_", "exponential_",
+    "random_", "cauchy_", "geometric_", "log_normal_", "rrelu", "rrelu_", "alpha_dropout", "gumbel_softmax",
+}  # fmt: skip
+
 
 def arguments(node: fx.Node, defaults: dict[str, Any]) -> dict[str, Any] | None:
     """The call's arguments behind its input, by name; None where they are not those of the signature."""
@@ -61,13 +68,22 @@ def find_layers(graph: fx.Graph) -> dict[fx.Node, nn.Module]:
 
 
 def nhwc_of(node: fx.Node) -> bool | None:
-    """Whether stock PyTorch's value is 4-d and channels_last (True) or contiguous (False); None for any other."""
+    """Whether stock PyTorch's value is 4-d and channels_last (True) or contiguous (False); None for any other.
+
+    What is both, a map of one pixel or one channel, counts as contiguous: those are the strides to give back.
+    """
     fake = node.meta.get("example_value")
     if not isinstance(fake, Tensor) or fake.layout is not torch.strided or fake.dim() != 4:
         return None
     if fake.is_contiguous():
         return False
     return True if fake.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def nchw_only(node: fx.Node) -> bool:
+    """Whether stock PyTorch's value is 4-d and contiguous, and would lie otherwise in channels_last."""
+    contiguous = nhwc_of(node) is False
+    return contiguous and not node.meta["example_value"].is_contiguous(memory_format=torch.channels_last)
 
 
 class GraphRewriter(Rewriter):
@@ -116,6 +132,8 @@ class GraphRewriter(Rewriter):
             name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
             viewed_as = name == "view" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
             if node.op in ("call_method", "call_function") and (name in LAYOUT_BOUND or viewed_as):
+                return False
+            if name in RANDOM and any(nchw_only(value) for value in node.all_input_nodes):
                 return False
             if node.op == "call_method" and name in ("view", "view_as") and self._written_through(node):
                 return False  # it has to be a view, which there may be none of a channels_last value
