@@ -58,13 +58,13 @@ _plain = FF.conv2d_bn_act
 FF.conv2d_bn_act = lambda *args, **kwargs: calls.append(1) or _plain(*args, **kwargs)
 
 
-def compare(name: str, make, wrap, rank: int) -> None:
+def compare(name: str, make, wrap, rank: int, change=fastconv.fuse, wrap_stock=None) -> None:
     results, counts = [], []
-    for change in (fastconv.fuse, lambda m: m):
+    for wrapped, changed in ((wrap, change), (wrap_stock or wrap, lambda m: m)):
         torch.manual_seed(0)
-        model = change(make().double())
+        model = changed(make().double())
         calls.clear()
-        results.append(train(model, wrap(model), rank))
+        results.append(train(model, wrapped(model), rank))
         counts.append(len(calls))
     ours, stock = results
     assert counts[0] >= 3 * 6 and counts[1] == 0, f"{name}: the fused operator ran {counts} times"
@@ -121,6 +121,8 @@ def main(rank: int, world: int, file: str) -> None:
     compare("find_unused_parameters", Branches, unused, rank)
     buckets = lambda m: DistributedDataParallel(m, bucket_cap_mb=0.001, gradient_as_bucket_view=True)  # noqa: E731
     compare("small buckets", Net, buckets, rank)
+    door = lambda m: torch.compile(DistributedDataParallel(m), backend="fastconv")  # noqa: E731
+    compare("compiled ddp", Net, door, rank, change=lambda m: m, wrap_stock=DistributedDataParallel)
     compare("fsdp2", Net, shard, rank)
     sync_batch_norm(rank)
     dist.destroy_process_group()

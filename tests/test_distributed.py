@@ -14,7 +14,16 @@ from torch import nn
 
 import fastconv
 
-CASES = ("ddp 4", "ddp 2", "static_graph", "find_unused_parameters", "small buckets", "fsdp2", "sync batch norm")
+CASES = (
+    "ddp 4",
+    "ddp 2",
+    "static_graph",
+    "find_unused_parameters",
+    "small buckets",
+    "compiled ddp",
+    "fsdp2",
+    "sync batch norm",
+)
 
 
 @pytest.fixture(scope="module")
