@@ -44,8 +44,19 @@ ACTIVATIONS = {
 ADDITIONS = {"add": operator.add, "iadd": operator.iadd}
 
 
-# Stand-ins for plain tensors while a compiler runs a graph to trace it; fastconv._dynamo puts their types here.
+# Types of the stand-ins for plain tensors while fastconv._dynamo has a compiler run a graph to trace it.
 TRACED: set[type] = set()
+
+
+def plain_type(x: Any) -> bool:
+    """Whether x is a tensor without rules of its own, or a compiler's stand-in for one."""
+    kind = type(x)
+    return kind is Tensor or kind is nn.Parameter or kind in TRACED or _exported(kind)
+
+
+def _exported(kind: type) -> bool:
+    # Non-strict torch.export runs the forward on these; strict export has Dynamo read it, where types are plain.
+    return torch.compiler._is_exporting_flag and kind.__name__ in ("FakeTensor", "FunctionalTensor")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -92,12 +103,7 @@ def named(function: Callable) -> Callable:
 
 def plain_input(x: Any) -> bool:
     # Subclasses (tensors with metadata, distributed and functional tensors) bring their own rules for stock operators.
-    return (
-        (type(x) is Tensor or type(x) is nn.Parameter or type(x) in TRACED)
-        and x.dim() == 4
-        and x.is_floating_point()
-        and x.layout is torch.strided
-    )
+    return plain_type(x) and x.dim() == 4 and x.is_floating_point() and x.layout is torch.strided
 
 
 def fits(residual: Any, x: Tensor, shape: tuple[int, ...], cast: bool) -> bool:
@@ -255,38 +261,29 @@ POOL_FUNCTIONS = {
 # torch.func's transforms layouts stay as they are: vmap's tensors have none that could be asked for.
 
 
-CHANNELS_LAST = torch.channels_last
-
-
 def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def channels_last(x: Any) -> Any:
     """A 4-d tensor in channels_last, copied if need be; anything else as it is."""
-    if _transformed():
+    if not plain_type(x) or type(x) is nn.Parameter or x.dim() != 4 or _transformed():
         return x
-    if (
-        (type(x) is Tensor or type(x) in TRACED)
-        and x.dim() == 4
-        and not x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
 
 
 def contiguous(x: Any) -> Any:
     """The value with every channels_last tensor in it made contiguous; tuples, lists and dicts keep their types."""
     if _transformed():
         return x
-    if type(x) is Tensor:
+    if plain_type(x) and type(x) is not nn.Parameter:
         nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous() if nhwc else x
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(contiguous(v) for v in x))
     if type(x) in (tuple, list):
         return type(x)(contiguous(v) for v in x)
-    if isinstance(x, dict) and any(type(v) is Tensor and v.dim() == 4 for v in x.values()):
+    if isinstance(x, dict) and any(plain_type(v) and v.dim() == 4 for v in x.values()):
         return type(x)((k, contiguous(v)) for k, v in x.items())
     return x
 
