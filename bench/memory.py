@@ -1,4 +1,4 @@
-"""What a training step keeps between forward and backward, and what it takes at its peak: stock against fused.
+"""What a training step keeps between forward and backward, and what it takes at its peak: stock, fused, deferred.
 
 Saved bytes are counted on any device: every storage that autograd holds after the forward pass, once, weights not
 counted. Peak bytes are CUDA's allocator's, on a GPU only.
@@ -62,15 +62,19 @@ def main() -> None:
             x = x.contiguous(memory_format=torch.channels_last)
             y = torch.randint(10, (args.batch,), device=args.device)
             stock = getattr(torchvision.models, name)(num_classes=10).to(args.device, memory_format=torch.channels_last)
-            fused = fastconv.fuse(stock)
+            models = {
+                "stock": stock, "fastconv": fastconv.fuse(stock), "deferred": fastconv.fuse(stock, defer_bn="auto")
+            }  # fmt: skip
             row = {"model": name, "batch": args.batch, "size": args.size, "dtype": dtype}
-            for who, model in (("stock", stock), ("fastconv", fused)):
+            for who, model in models.items():
                 row[f"{who}_saved"] = saved_bytes(model, x, y, DTYPES[dtype])
                 row[f"{who}_peak"] = peak_bytes(model, x, y, DTYPES[dtype])
-            row["saved_ratio"] = row["fastconv_saved"] / row["stock_saved"]
+            for who, key in (("fastconv", "saved_ratio"), ("deferred", "deferred_ratio")):
+                row[key] = row[f"{who}_saved"] / row["stock_saved"]
             rows.append(row)
-            saved = f"{row['fastconv_saved'] / 2**20:8.1f} of {row['stock_saved'] / 2**20:8.1f} MiB"
-            print(f"{name:20} {args.batch}x{args.size} {dtype:5} saved for backward {saved}  {row['saved_ratio']:.2f}")
+            saved = " ".join(f"{who} {row[f'{who}_saved'] / 2**20:.1f}" for who in models)
+            ratios = f"{row['saved_ratio']:.2f}, deferred {row['deferred_ratio']:.2f}"
+            print(f"{name:14} {args.batch}x{args.size} {dtype:5} MiB kept for the backward: {saved}; of stock {ratios}")
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"device": machine.device_facts(args.device), "versions": machine.versions(), "git": machine.git_facts()}
     text = json.dumps({"subject": "memory", "environment": facts, "rows": rows}, indent=1)

@@ -90,12 +90,16 @@ def _steps(rows: list[dict]) -> str:
 
 
 def _memory(rows: list[dict]) -> str:
-    lines = ["| model | batch x px | dtype | stock | fastconv | ratio |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | batch x px | dtype | stock | fastconv | ratio | defer_bn | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        stock, ours = (f"{r[k] / 2**20:.1f} MiB" for k in ("stock_saved", "fastconv_saved"))
-        lines.append(
-            f"| {r['model']} | {r['batch']} x {r['size']} | {r['dtype']} | {stock} | {ours} | {r['saved_ratio']:.2f} |"
-        )
+        cells = [r["model"], f"{r['batch']} x {r['size']}", r["dtype"], f"{r['stock_saved'] / 2**20:.1f} MiB"]
+        for who, ratio in (("fastconv", "saved_ratio"), ("deferred", "deferred_ratio")):
+            known = ratio in r
+            cells += [f"{r[f'{who}_saved'] / 2**20:.1f} MiB" if known else "", f"{r[ratio]:.2f}" if known else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

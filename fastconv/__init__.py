@@ -10,7 +10,7 @@ runs here, ``fastconv.explain`` which backend a call takes.
 from . import functional, nn, tune
 from ._version import __version__
 from .explain import explain
-from .fuse import fuse, fusion_report
+from .fuse import fuse, fusion_report, unfuse
 from .ops import backends, use_backend
 from .train import TrainStep
 
@@ -24,5 +24,6 @@ __all__ = [
     "fusion_report",
     "nn",
     "tune",
+    "unfuse",
     "use_backend",
 ]

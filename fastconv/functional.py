@@ -26,6 +26,7 @@ from ._losses import cross_entropy
 from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .autograd import BatchNormActFunction, Conv2dBiasActFunction, Conv2dBnActFunction
 from .autograd.common import needs_grad
+from .autograd.deferred import may_defer
 from .ops.fake import conv_output_size
 
 __all__ = [
@@ -269,6 +270,7 @@ def conv2d_bn_act(
     activation: str = "relu",
     residual: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight) + bias) + residual) in one operator.
 
@@ -278,6 +280,10 @@ def conv2d_bn_act(
 
     In evaluation without gradients the normalisation becomes a scale and shift in the convolution's epilogue
     and the convolution's raw output is not kept.
+
+    recompute: in training, keep the convolution's raw output alone for the backward. The result is recomputed from it
+    there, for this call and for the convolutions of this module that read it; a reader that keeps its input by itself
+    still does. The gradients are the same. No effect in evaluation, under torch.compile and in the ``aten`` backend.
     """
     op = "conv2d_bn_act"
     check.tensor(op, "input", input)
@@ -307,19 +313,21 @@ def conv2d_bn_act(
         return conv2d_bn_act(
             input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride=stride, padding=padding,
             dilation=dilation, groups=groups, training=training, momentum=momentum, eps=eps, activation=activation,
-            residual=residual, num_batches_tracked=num_batches_tracked,
+            residual=residual, num_batches_tracked=num_batches_tracked, recompute=recompute,
         ).squeeze(0)  # fmt: skip
     limit = _norm_limit(input, **vectors)
     tensors = (input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked)
     settings = (stride, padding, dilation, groups, training, momentum, eps, activation)
-    return _conv2d_bn_act(ops.select(op, tensors, settings, limit, _conv2d_bn_act), *tensors, *settings)
+    recompute = recompute and training and may_defer()
+    backend = ops.select(op, tensors, settings, limit, _conv2d_bn_act)
+    return _conv2d_bn_act(backend, *tensors, *settings, recompute=recompute)
 
 
-def _conv2d_bn_act(backend, *args):
+def _conv2d_bn_act(backend, *args, recompute=False):
     input, weight, bias, residual, bn_weight, bn_bias, *stats = args[:9]
     if backend == "aten":
         out = F.conv2d(input, weight, bias, *args[9:13])
         return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, *args[13:])
     if needs_grad(input, weight, bias, residual, bn_weight, bn_bias):
-        return Conv2dBnActFunction.apply(*args, backend)
+        return Conv2dBnActFunction.apply(*args, recompute, backend)
     return ops.impl(backend, "conv2d_bn_act")(*args, False)[0]

@@ -10,19 +10,25 @@ forward from then on. A module that cannot be traced keeps its forward; those be
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from ._fuse.analysis import Analysis
-from ._fuse.module import Rebuilder
+from ._fuse.module import Rebuilder, Restorer
 from ._fuse.plan import CHANNELS_LAST, Group, Plan, Planner
 from ._fuse.report import FusionReport, report
 
-__all__ = ["FusionReport", "Group", "fuse", "fusion_report"]
+__all__ = ["FusionReport", "Group", "fuse", "fusion_report", "unfuse"]
 
 
 def fuse(
-    model: nn.Module, inplace: bool = False, *, memory_format: torch.memory_format = torch.channels_last
+    model: nn.Module,
+    inplace: bool = False,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+    defer_bn: bool | str = False,
 ) -> nn.Module:
     """The model with groups of layers run as fused operators.
 
@@ -44,7 +50,13 @@ def fuse(
     are where some forward calls view() or could not be read: view() fails on the channels_last results that stock
     PyTorch makes of such weights. inplace=True, or model.to(memory_format=torch.channels_last), converts them.
 
-    Raises TypeError if model is no module, ValueError on another memory_format.
+    defer_bn: whether a training step keeps less for its backward: of a group with convolution and batch norm the
+    convolution's raw output alone. What the next convolutions read, normalised, activated and with the residual added,
+    is computed again in the backward by the same kernel, one pass over the tensor for each group; the gradients are the
+    same. True: every such group. "auto": those whose result nothing in sight keeps anyway. No effect in evaluation,
+    under torch.compile and where stock PyTorch runs the group.
+
+    Raises TypeError if model is no module, ValueError on another memory_format or defer_bn.
 
     >>> model = fastconv.fuse(torchvision.models.resnet18())
     >>> loss = model(images).sum()
@@ -55,8 +67,10 @@ def fuse(
         raise ValueError(
             f"fuse: memory_format expected torch.channels_last or torch.preserve_format, got {memory_format}"
         )
+    if defer_bn not in (False, True, "auto"):
+        raise ValueError(f"fuse: defer_bn expected False, True or 'auto', got {defer_bn!r}")
     analysis = Analysis(model)
-    planner = Planner(analysis, memory_format)
+    planner = Planner(analysis, memory_format, defer_bn)
     plans = {id(module): planner.plan(module) for module in analysis.order}
     if not any(plan.groups for plan in plans.values()):
         return model
@@ -75,18 +89,46 @@ def _convert_weights(analysis: Analysis, plans: dict[int, Plan]) -> None:
     for module in analysis.order:
         for path in plans[id(module)].convs:
             weight = analysis.paths(module)[path].weight
-            if weight.dim() == 4:
+            if weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+                plans[id(module)].converted.append(path)
                 weight.data = weight.data.to(memory_format=torch.channels_last)
 
 
-def fusion_report(model: nn.Module) -> FusionReport:
+def unfuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """The stock model again: what fuse() made of it, undone.
+
+    Every fused container of ``model`` becomes an instance of its stock class; modules, Parameters, buffers, modes,
+    hooks and state_dict stay, and so does what was trained. Weights that fuse() put into channels_last become
+    contiguous.
+    Works on whatever holds fused containers: copies, unpickled models, submodules, wrappers. Without any, the model is
+    returned as it is.
+
+    inplace: False returns a model of its own whose containers are copies and whose layers, parameters and buffers are
+    shared with ``model``, which stays fused. True changes the containers of ``model`` and returns it.
+
+    Raises TypeError if model is no module.
+
+    >>> stock = fastconv.unfuse(fused)
+    >>> torch.save(stock, "model.pt")  # loads where fastconv is not installed
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model expected torch.nn.Module, got {type(model).__name__}")
+    return Restorer(inplace).restore(model)
+
+
+def fusion_report(model: nn.Module, example_input: Any = None) -> FusionReport:
     """Which layers of the model run fused, and which were left and why.
 
     ``.fused`` is the number of groups, ``.groups`` lists them, ``.left`` lists (name, reason); str() gives a table of
     80 columns and ``.to_json()`` the same as JSON. For a model that fuse() was not called on, everything is left.
 
-    Raises TypeError if model is no module.
+    example_input: a tensor, or a tuple of the forward's arguments. A copy of the model then runs a training forward on
+    it, fused and stock, and the report tells which backend ran each group and how many bytes are kept for the backward.
+
+    Raises TypeError if model is no module, and what the forward raises on the example.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fusion_report: model expected torch.nn.Module, got {type(model).__name__}")
-    return report(model)
+    if example_input is None:
+        return report(model)
+    return report(model, example_input if isinstance(example_input, tuple) else (example_input,))

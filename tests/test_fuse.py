@@ -43,7 +43,10 @@ def assert_close(got, wanted, rtol: float) -> None:
 
 def run(model: nn.Module, inputs, seed: int):
     torch.manual_seed(seed)
-    inputs = [copy.deepcopy(x).requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
+    inputs = [copy.deepcopy(x) for x in inputs]
+    for x in inputs:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x.requires_grad_()
     model.zero_grad()
     # Times one: a leaf cannot be written to in place, and some of the models do write to their input.
     out = model(*(x * 1 if isinstance(x, Tensor) else x for x in inputs))

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from . import effects
 from .patterns import Match, Matcher
-from .runtime import has_hooks
+from .runtime import has_hooks, is_norm_act
 from .trace import Untraceable, base_class, required_arguments, trace
 
 # Wrappers and containers of these origins keep their own forward; their children are handled.
@@ -56,6 +56,8 @@ def has_forward(module: nn.Module) -> bool:
     base = base_class(module)
     if base is nn.Sequential:
         return True
+    if is_norm_act(module):
+        return False  # a leaf, as PyTorch's own batch norm
     if base.__module__.startswith(FOREIGN) or base.forward is nn.Module.forward:
         return False
     return getattr(base.forward, "__name__", "") != "_forward_unimplemented"

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
+from .runtime import is_norm_act
 from .trace import AUGMENTED
 
 # Modules that return a tensor of their own. Activations with inplace=True are told apart by that attribute.
@@ -180,6 +181,8 @@ def analyse(graph: fx.Graph, effect_of: Callable[[str], Effect]) -> Flow:
 
 def leaf_effect(module: nn.Module) -> Effect | None:
     """The effect of one of PyTorch's own modules; None for a module of another origin."""
+    if is_norm_act(module):
+        return Effect(writes=False, returns_view=False)  # an activation in place writes to the norm's own result
     if getattr(module, "inplace", False):
         return Effect(writes=True, returns_view=True)
     if type(module) is nn.Sequential or not type(module).__module__.startswith(("torch.nn.", "fastconv.nn")):

@@ -78,9 +78,9 @@ def _rebuild(base: type) -> nn.Module:
 
 def refresh(module: nn.Module) -> Plan:
     """Derives the container's plan from its present state."""
-    layout, written = module.__dict__.get("_fastconv_options", ("channels_last", False))
+    layout, written, defer_bn = module.__dict__.get("_fastconv_options", ("channels_last", False, False))
     memory_format = CHANNELS_LAST if layout == "channels_last" else torch.preserve_format
-    planner = Planner(Analysis(module), memory_format)
+    planner = Planner(Analysis(module), memory_format, defer_bn)
     for child in module.modules():
         if isinstance(child, FusedMixin) and child is not module:
             planner.planned.add(id(child))
@@ -135,7 +135,33 @@ def install(module: nn.Module, plan: Plan) -> None:
         module.__class__ = fused_class(base_class(module))
     module.__dict__["_fastconv_plan"] = plan
     layout = "channels_last" if plan.memory_format == CHANNELS_LAST else "preserve"
-    module.__dict__["_fastconv_options"] = layout, plan.written
+    module.__dict__["_fastconv_options"] = layout, plan.written, plan.defer_bn
+    converted = (*module.__dict__.get("_fastconv_converted", ()), *plan.converted)
+    module.__dict__["_fastconv_converted"] = tuple(dict.fromkeys(converted))
+
+
+def uninstall(module: nn.Module) -> None:
+    """Makes a fused container an instance of its stock class again, without what install() has left on it."""
+    for path in module.__dict__.get("_fastconv_converted", ()):
+        _restore_layout(module, path)
+    fused, base = type(module), base_class(module)
+    if _classes.get(base) is not fused:
+        # torch.nn.utils.parametrize derives a class of its own for each instance: the same one, over the stock class.
+        own = {k: v for k, v in fused.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        base = type(fused.__name__.replace("ParametrizedFused", "Parametrized"), (base,), own)
+    module.__class__ = base
+    for key in [k for k in module.__dict__ if k.startswith("_fastconv")]:
+        del module.__dict__[key]
+
+
+def _restore_layout(container: nn.Module, path: str) -> None:
+    """A weight that fuse() has converted to channels_last, contiguous again; the Parameter stays the same."""
+    try:
+        weight = container.get_submodule(path)._parameters.get("weight")
+    except AttributeError:  # the layer was replaced or removed since
+        return
+    if weight is not None and weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight.data = weight.data.contiguous()
 
 
 def shallow_clone(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
@@ -151,6 +177,34 @@ def shallow_clone(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Mo
         if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
             clone.__dict__[key] = value.copy()
     return clone
+
+
+class Restorer:
+    """The model with every fused container stock again: in place, or as a copy that shares every leaf."""
+
+    def __init__(self, inplace: bool) -> None:
+        self.inplace = inplace
+        self.done: dict[int, nn.Module] = {}
+
+    def restore(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self.done:
+            self.done[id(module)] = module  # for modules that contain themselves
+            self.done[id(module)] = self._restore(module)
+        return self.done[id(module)]
+
+    def _restore(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        fresh = {name: self.restore(child) for name, child in module._modules.items() if child is not None}
+        replaced = {name: child for name, child in fresh.items() if child is not module._modules[name]}
+        mine = isinstance(module, FusedMixin)
+        if not mine and not replaced:
+            return module
+        if not self.inplace:
+            module = shallow_clone(module, replaced)
+        if mine:
+            uninstall(module)
+        return module
 
 
 class Rebuilder:

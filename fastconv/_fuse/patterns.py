@@ -19,7 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .effects import Flow, is_inplace_call
-from .runtime import ACTIVATION_MODULES, POOL_FUNCTIONS, POOL_MODULES, activation_name, has_hooks
+from .runtime import (
+    ACTIVATION_MODULES,
+    INNER,
+    POOL_FUNCTIONS,
+    POOL_MODULES,
+    activation_name,
+    has_hooks,
+    is_norm_act,
+)
 
 ADD_FUNCTIONS = {operator.add: "add", operator.iadd: "iadd", torch.add: "add"}
 ADD_METHODS = {"add": "add", "add_": "iadd", "__add__": "add", "__radd__": "add", "__iadd__": "iadd"}
@@ -54,6 +62,7 @@ class Match:
     residual: fx.Node | None = None
     act: str | None = None  # a module's path, or an activation's name
     act_is_module: bool = False
+    deferred: bool = False
     words: list[str] = field(default_factory=list)
 
     @property
@@ -72,7 +81,12 @@ def describe(module: nn.Module, wanted: type) -> str:
         return "has parametrizations"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy and not initialised yet"
-    if type(module) is not wanted:
+    if wanted is nn.BatchNorm2d and is_norm_act(module):
+        if type(module.drop) is not nn.Identity:
+            return f"has a {type(module.drop).__name__} between norm and activation"
+        if type(module.act) is not nn.Identity and not activation_name(module.act):
+            return f"has the activation {type(module.act).__name__}, which no group has"
+    elif type(module) is not wanted:
         return f"is a {type(module).__name__}, not a plain {wanted.__name__}"
     if has_hooks(module):
         return "has hooks" if "forward" not in module.__dict__ else "has its forward replaced"
@@ -141,7 +155,8 @@ class Matcher:
         reader = self._reader(node)
         normed = reader is not None and isinstance(self._module(reader), _BatchNorm) and reader.args[:1] == (node,)
         if normed and not self._reason(reader, nn.BatchNorm2d):
-            steps.append(Match([node, reader], conv=self._name(node), bn=self._name(reader), words=["conv", "bn"]))
+            match = Match([node, reader], conv=self._name(node), bn=self._name(reader), words=["conv", "bn"])
+            steps.append(self._with_inner(match))
         return self._finish(steps)
 
     def _from_norm(self, node: fx.Node) -> Match | None:
@@ -151,7 +166,19 @@ class Matcher:
         if reason:
             self.left.append((self._name(node), reason))
             return None
-        return self._finish([Match([node], bn=self._name(node), words=["bn"])])
+        match = self._with_inner(Match([node], bn=self._name(node), words=["bn"]))
+        if match.act and match.act == INNER:
+            self.taken.add(node)
+            return match
+        return self._finish([match])
+
+    def _with_inner(self, match: Match) -> Match:
+        """The match with the activation that its norm calls itself."""
+        module = self._module(match.nodes[-1])
+        if is_norm_act(module) and type(module.act) is not nn.Identity:
+            match.act = INNER
+            match.words.append(activation_name(module.act))
+        return match
 
     def _pool(self, node: fx.Node) -> Match | None:
         if node.op == "call_function" and node.target in POOL_FUNCTIONS:
@@ -171,7 +198,7 @@ class Matcher:
 
     def _finish(self, steps: list[Match]) -> Match | None:
         """The longest exact group that goes on from ``steps`` (shorter to longer), or None with a reason noted."""
-        for grow in (self._add, self._act):
+        for grow in (self._add, self._act) if steps[-1].act is None else ():
             longer = grow(steps[-1])
             if longer:
                 steps.append(longer)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis, children, has_forward
+from .defer import mark_deferred
 from .patterns import Match
 from .rewrite import Rewriter
 from .trace import base_class
@@ -29,13 +30,20 @@ class Group:
 
     container: name of the module whose forward calls them ("" for the model itself). members: the layers' full names,
     in order; functional calls have none. pattern: "conv+bn+relu", "conv+bn+add+relu", "bn+relu", "max_pool2d", ...
-    modes: "train", "eval" or both.
+    modes: "train", "eval" or both. deferred: its result is recomputed in the backward instead of kept.
+
+    With an example input, of a training step on it: backend: the one that ran the group. kept: bytes that the group's
+    results hold for the backward. stock_kept: those of the same layers in the stock model.
     """
 
     container: str
     members: tuple[str, ...]
     pattern: str
     modes: tuple[str, ...]
+    deferred: bool = False
+    backend: str = ""
+    kept: int | None = None
+    stock_kept: int | None = None
 
 
 @dataclass(eq=False)
@@ -44,7 +52,8 @@ class Plan:
 
     Empty ``functions``: the stock forward runs. ``watch``: the submodules by container path that the graph was unrolled
     over. ``reads``: the container's own attributes that the graphs depend on. ``flags``: paths of modules whose code is
-    inlined in graphs that depend on the mode. ``written``: a caller writes in place to the results.
+    inlined in graphs that depend on the mode. ``converted``: paths of the convolutions whose weights fuse() made
+    channels_last. ``written``: a caller writes in place to the results.
     """
 
     names: list[str] = field(default_factory=list)
@@ -56,11 +65,13 @@ class Plan:
     reads: frozenset[str] = frozenset()
     groups: list[Group] = field(default_factory=list)
     convs: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     reason: str = ""
     views: bool = False
     written: bool = False
     memory_format: torch.memory_format = CHANNELS_LAST
+    defer_bn: bool | str = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self
@@ -109,8 +120,8 @@ def _no_plan() -> None:
 class Planner:
     """Makes the plans of a model's modules; children have to be planned before their parents."""
 
-    def __init__(self, analysis: Analysis, memory_format: torch.memory_format) -> None:
-        self.analysis = analysis
+    def __init__(self, analysis: Analysis, memory_format: torch.memory_format, defer_bn: bool | str = False) -> None:
+        self.analysis, self.defer_bn = analysis, defer_bn
         self.memory_format = memory_format
         self.nhwc = memory_format == CHANNELS_LAST
         self.planned: set[int] = set()
@@ -126,7 +137,7 @@ class Planner:
         traces = self.analysis.traces(module)
         plan = Plan(
             traces.names, probed=traces.probed, reads=traces.reads, reason=traces.reason,
-            memory_format=self.memory_format,
+            memory_format=self.memory_format, defer_bn=self.defer_bn,
             watch=(("", tuple(module._modules)),),
         )  # fmt: skip
         plan.written = self.analysis.result_written(module) if written is None else written
@@ -134,6 +145,7 @@ class Planner:
         for (kind, training), graph in traces.graphs.items():
             flow = self.analysis.flow(module, graph)
             matches, left = self.analysis.matches(module, graph, flow, plan.written)
+            mark_deferred(matches, self.analysis.paths(module), self.planned, self.defer_bn)
             self._note(plan, matches, left, kind, "train" if training else "eval")
             rewriter = Rewriter(self.analysis, module, graph, flow, matches, kind)
             rewritten |= rewriter.run(self.nhwc, self.planned)
@@ -159,9 +171,11 @@ class Planner:
             if same and kind == "list":
                 continue  # the graph for lists has the groups of the one for tensors
             if seen:
-                plan.groups[plan.groups.index(seen[0])] = Group("", members, match.pattern, (*seen[0].modes, mode))
+                plan.groups[plan.groups.index(seen[0])] = Group(
+                    "", members, match.pattern, (*seen[0].modes, mode), match.deferred
+                )
             else:
-                plan.groups.append(Group("", members, match.pattern, (mode,)))
+                plan.groups.append(Group("", members, match.pattern, (mode,), match.deferred))
         plan.left += [entry for entry in left if entry not in plan.left]
 
     def _watch(self, plan: Plan, module: nn.Module, graphs: dict[Any, fx.Graph]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -11,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from .analysis import Analysis, opaque
+from .kept import measure
 from .module import FusedMixin, refresh
 from .plan import CHANNELS_LAST, Group, Plan, Planner
 from .runtime import POOL_MODULES
@@ -36,16 +39,19 @@ class FusionReport:
     left: list[tuple[str, str]] = field(default_factory=list)
     layers: int = 0  # convolutions, batch norms and pools in the model
     layers_fused: int = 0
+    kept: int | None = None  # bytes that a training step on the example input keeps for its backward
+    stock_kept: int | None = None  # the same of the stock model
 
     @property
     def fused(self) -> int:
         return len(self.groups)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as a JSON object: model, fused, layers, layers_fused, patterns, groups, left."""
+        """The report as a JSON object: model, fused, layers, layers_fused, kept, stock_kept, patterns, groups, left."""
         body = {
             "model": self.model, "fused": self.fused, "layers": self.layers, "layers_fused": self.layers_fused,
-            "patterns": self.patterns(), "groups": [asdict(g) for g in self.groups],
+            "kept": self.kept, "stock_kept": self.stock_kept, "patterns": self.patterns(),
+            "groups": [asdict(g) for g in self.groups],
             "left": [{"name": name, "reason": reason} for name, reason in self.left],
         }  # fmt: skip
         return json.dumps(body, indent=indent)
@@ -66,12 +72,21 @@ class FusionReport:
             f"{'container':<22} {'pattern':<20} modules",
             rule,
         ]
+        measured = self.kept is not None
+        if measured:
+            lines[2] = f"{'container':<17} {'pattern':<19} {'backend':<7} {'KiB':>7} {'stock':>7} modules"
         for g in self.groups:
             prefix = f"{g.container}." if g.container else ""
             members = " ".join(m.removeprefix(prefix) for m in g.members) or "(function)"
             if len(g.modes) == 1:
                 members += f" ({g.modes[0]} only)"
-            lines.append(f"{_cut(g.container or '(model)', 22):<22} {g.pattern:<20} {members}"[:WIDTH])
+            pattern = g.pattern + (" *" if g.deferred else "")
+            if measured:
+                sizes = " ".join(f"{'-' if n is None else f'{n / 1024:.0f}':>7}" for n in (g.kept, g.stock_kept))
+                row = f"{_cut(g.container or '(model)', 17):<17} {pattern:<19} {g.backend or '-':<7} {sizes} {members}"
+            else:
+                row = f"{_cut(g.container or '(model)', 22):<22} {pattern:<20} {members}"
+            lines.append(row[:WIDTH])
         if self.left:
             lines += [rule, f"{'left':<30} why", rule]
             for name, reason in self.left:
@@ -79,6 +94,11 @@ class FusionReport:
                 lines.append(f"{_cut(name or '(model)', 30):<30} {first}")
                 lines += [" " * 31 + text for text in rest]
         lines += [rule, "total: " + (", ".join(f"{n} {p}" for p, n in self.patterns().items()) or "nothing fused")]
+        if measured:
+            sizes = f"{self.kept / 2**20:.1f} MiB, stock {self.stock_kept / 2**20:.1f} MiB"
+            lines.append(f"kept by a training step for its backward: {sizes}")
+        if any(g.deferred for g in self.groups):
+            lines.append("* the result is recomputed in the backward, not kept (defer_bn)")
         return "\n".join(line for text in lines for line in _wrap(text, WIDTH))
 
     __repr__ = __str__
@@ -95,7 +115,23 @@ def _wrap(text: str, width: int) -> list[str]:
     return [*lines, text]
 
 
-def report(model: nn.Module) -> FusionReport:
+def report(model: nn.Module, inputs: Sequence[Any] | None = None) -> FusionReport:
+    """The model's report; with ``inputs``, of a training step on them too."""
+    result = _report(model)
+    if inputs is None:
+        return result
+    fused, stock = measure(model, inputs, [g.members for g in result.groups])
+    result.kept, result.stock_kept = fused.total, stock.total
+    for i, g in enumerate(result.groups):
+        if g.members and g.members[0] in fused.backends:
+            name = g.members[0]
+            result.groups[i] = replace(
+                g, backend=fused.backends[name], kept=fused.groups[name], stock_kept=stock.groups[name]
+            )
+    return result
+
+
+def _report(model: nn.Module) -> FusionReport:
     analysis = Analysis(model)
     names: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -114,7 +150,7 @@ def report(model: nn.Module) -> FusionReport:
         if mine:
             for group in plan.groups:
                 members = tuple(prefix + m for m in group.members)
-                result.groups.append(Group(names[id(module)], members, group.pattern, group.modes))
+                result.groups.append(replace(group, container=names[id(module)], members=members))
                 fused.update(id(below[m]) for m in group.members)
         else:
             for group in plan.groups:

@@ -6,7 +6,6 @@ copy, dropout draws the stock mask, and modules that keep a forward of their own
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from . import runtime
@@ -63,6 +62,8 @@ class Rewriter:
                 args += [match.add, self.copy[match.residual]]
             if match.pool:
                 function = runtime.pool
+            elif match.deferred:
+                function = runtime.conv_bn_act_deferred
             elif match.conv:
                 function = runtime.conv_bn_act if match.bn else runtime.conv_act
             else:
@@ -110,9 +111,11 @@ class Rewriter:
     def _dropout(self) -> None:
         """Dropout draws its mask in memory order: contiguous values get the mask that the stock model gives them."""
         for node in self.original.nodes:
-            if node.op == "call_function" and node.target is F.dropout:
-                self.copy[node].target = runtime.dropout
-            elif node.op == "call_module" and type(self.modules[node.target]) is nn.Dropout and len(node.args) == 1:
+            if node.op == "call_function" and node.target in runtime.DROPOUT_FUNCTIONS:
+                self.copy[node].target = runtime.DROPOUT_FUNCTIONS[node.target]
+                continue
+            kind = type(self.modules[node.target]) if node.op == "call_module" else None
+            if kind in runtime.DROPOUT_MODULES and len(node.args) == 1:
                 copy = self.copy[node]
                 with self.graph.inserting_before(copy):
                     layer = self.graph.get_attr(node.target)

@@ -41,6 +41,9 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "hardswish": F.hardswish,
 }
+# Batch norms that call an activation of their own, as timm's: by name, since the package need not be there.
+NORM_ACT_CLASSES = {"timm.layers.norm_act.BatchNormAct2d"}
+INNER = "(inner)"  # in a graph: the activation that the norm calls itself
 ADDITIONS = {"add": operator.add, "iadd": operator.iadd}
 
 
@@ -57,6 +60,16 @@ def plain_type(x: Any) -> bool:
 def _exported(kind: type) -> bool:
     # Non-strict torch.export runs the forward on these; strict export has Dynamo read it, where types are plain.
     return torch.compiler._is_exporting_flag and kind.__name__ in ("FakeTensor", "FunctionalTensor")
+
+
+# Called with (module, inputs, result) by every group that ran fused: fastconv._fuse.kept listens here.
+OBSERVERS: list[Any] = []
+
+
+def _seen(module: nn.Module, inputs: tuple[Any, ...], result: Any) -> Any:
+    for observer in OBSERVERS:
+        observer(module, inputs, result)
+    return result
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -101,6 +114,18 @@ def named(function: Callable) -> Callable:
     return call
 
 
+def is_norm_act(module: Any) -> bool:
+    """Whether the module is a batch norm with ``drop`` and ``act`` inside; a subclass may compute something else."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" in NORM_ACT_CLASSES
+
+
+def _inner_activation(bn: Any) -> Any:
+    """What the norm calls behind itself: None for nothing, as a plain one does."""
+    act = bn.act if is_norm_act(bn) else None
+    return None if type(act) is nn.Identity and not has_hooks(act) else act
+
+
 def plain_input(x: Any) -> bool:
     # Subclasses (tensors with metadata, distributed and functional tensors) bring their own rules for stock operators.
     return plain_type(x) and x.dim() == 4 and x.is_floating_point() and x.layout is torch.strided
@@ -135,7 +160,10 @@ def _conv_ready(conv: Any, x: Any) -> bool:
 
 def _norm_arguments(bn: Any) -> dict[str, Any] | None:
     """What nn.BatchNorm2d.forward passes on, and num_batches_tracked where it would count; None if bn is not plain."""
-    if type(bn) is not nn.BatchNorm2d or has_hooks(bn):
+    if is_norm_act(bn):
+        if type(bn.drop) is not nn.Identity or has_hooks(bn.drop) or has_hooks(bn):
+            return None
+    elif type(bn) is not nn.BatchNorm2d or has_hooks(bn):
         return None
     mean, var, count, momentum = bn.running_mean, bn.running_var, None, bn.momentum
     if (mean is None) != (var is None):
@@ -178,7 +206,21 @@ def _stock(x: Any, modules: list[Any], act: Any, add: str, residual: Any) -> Any
 @named
 def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(conv(x)) + residual); act is a module, a name or None, add "", "add" or "iadd"."""
-    name, norm = activation_name(act), _norm_arguments(bn)
+    return _conv_bn_act(x, conv, bn, act, nhwc, add, residual, False)
+
+
+@named
+def conv_bn_act_deferred(
+    x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None
+):
+    """The same, its result recomputed in the backward instead of kept."""
+    return _conv_bn_act(x, conv, bn, act, nhwc, add, residual, True)
+
+
+def _conv_bn_act(x, conv, bn, act, nhwc, add, residual, recompute):
+    inner = _inner_activation(bn)
+    act, own = (None, inner) if act == INNER else (act, act)
+    name, norm = activation_name(own), _norm_arguments(bn)
     if (
         not name
         or norm is None
@@ -187,10 +229,12 @@ def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool,
     ):
         return _stock(x, [conv, bn], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
-    return FF.conv2d_bn_act(
+    out = FF.conv2d_bn_act(
         x, conv.weight, conv.bias, bn_weight=bn.weight, bn_bias=bn.bias, stride=conv.stride, padding=padding,
-        dilation=conv.dilation, groups=conv.groups, activation=name, residual=residual, **norm,
+        dilation=conv.dilation, groups=conv.groups, activation=name, residual=residual,
+        recompute=recompute, **norm,
     )  # fmt: skip
+    return _seen(conv, (x, residual), out)
 
 
 @named
@@ -200,19 +244,23 @@ def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", re
     if not name or not _conv_ready(conv, x) or (add and not fits(residual, x, _conv_shape(conv, x), True)):
         return _stock(x, [conv], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
-    return FF.conv2d_bias_act(
+    out = FF.conv2d_bias_act(
         x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups, activation=name, residual=residual
     )
+    return _seen(conv, (x, residual), out)
 
 
 @named
 def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(x) + residual)."""
-    name, norm = activation_name(act), _norm_arguments(bn)
+    inner = _inner_activation(bn)
+    act, own = (None, inner) if act == INNER else (act, act)
+    name, norm = activation_name(own), _norm_arguments(bn)
     if not name or norm is None or not plain_input(x) or (add and not fits(residual, x, tuple(x.shape), False)):
         return _stock(x, [bn], act, add, residual)
     x = channels_last(x) if nhwc else x
-    return FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
+    out = FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
+    return _seen(bn, (x, residual), out)
 
 
 @named
@@ -223,15 +271,17 @@ def pool(x: Tensor, module: nn.Module, nhwc: bool):
         return module(x)
     x = channels_last(x) if nhwc else x
     if kind is nn.AdaptiveAvgPool2d:
-        return FF.adaptive_avg_pool2d(x, module.output_size)
+        return _seen(module, (x,), FF.adaptive_avg_pool2d(x, module.output_size))
     if kind is nn.AvgPool2d:
-        return FF.avg_pool2d(
+        out = FF.avg_pool2d(
             x, module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad,
             module.divisor_override,
         )  # fmt: skip
-    return FF.max_pool2d(
+        return _seen(module, (x,), out)
+    out = FF.max_pool2d(
         x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices
     )
+    return _seen(module, (x,), out)
 
 
 POOL_MODULES = {nn.MaxPool2d: "max_pool2d", nn.AvgPool2d: "avg_pool2d", nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d"}
@@ -307,14 +357,34 @@ def give_back(x: Any, was_contiguous: bool) -> Any:
     return contiguous(x) if was_contiguous else x
 
 
+# Dropout draws its mask in memory order: a contiguous copy gets the mask that the stock model's tensor gets.
+
+DROPOUT_MODULES = (nn.Dropout, nn.AlphaDropout)
+
+
 def drop(x: Any, module: nn.Module) -> Any:
-    """module(x), with the mask that a contiguous x gets from the same random state."""
-    return module(contiguous(x) if module.training and not getattr(module, "inplace", True) else x)
+    """module(x), with the stock mask."""
+    return _drop(module, x, module.training, getattr(module, "inplace", True))
 
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """F.dropout, likewise."""
-    return F.dropout(contiguous(input) if training and not inplace else input, p, training, inplace)
+    return _drop(lambda x: F.dropout(x, p, training, inplace), input, training, inplace)
+
+
+def alpha_dropout(input: Any, p: float = 0.5, training: bool = False, inplace: bool = False) -> Any:
+    """F.alpha_dropout, likewise."""
+    return _drop(lambda x: F.alpha_dropout(x, p, training, inplace), input, training, inplace)
+
+
+DROPOUT_FUNCTIONS = {F.dropout: dropout, F.alpha_dropout: alpha_dropout}
+
+
+def _drop(call: Any, x: Any, training: bool, inplace: bool) -> Any:
+    copy = contiguous(x) if training else x
+    if copy is x or not inplace:
+        return call(copy)
+    return x.copy_(call(copy))  # others may read x, and expect what was dropped
 
 
 def view(x: Tensor, *shape: Any, **kwargs: Any) -> Tensor:

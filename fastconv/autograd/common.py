@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import PREACT_ACTIVATIONS
 from ..ops import impl
+from . import deferred
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -52,12 +53,15 @@ def differentiable_once(backward: Callable) -> Callable:
     def wrapper(ctx, *grad_outputs: Tensor):
         # Grad mode is on in a backward that was called with create_graph=True, and while torch.compile traces one.
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        saved = ctx.saved_tensors  # once: under activation checkpointing a second read is an error
+        saved = deferred.saved(ctx)  # once: under activation checkpointing a second read is an error
         with torch.no_grad():
             grads = backward(ctx, saved, *grad_outputs)
+        deferred.release(ctx)
         if not again:
             return grads
         sources = [t for t in (*saved, *grad_outputs) if t is not None and t.requires_grad]
+        if getattr(ctx, "source", None) is not None:
+            sources.append(torch.zeros((), requires_grad=True))  # stands for an input that was not kept
         if not sources:
             return grads
         places = [i for i, g in enumerate(grads) if g is not None]

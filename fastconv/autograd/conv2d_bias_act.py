@@ -11,6 +11,7 @@ import torch
 
 from .._checks import PREACT_ACTIVATIONS
 from ..ops import impl
+from . import deferred
 from .common import bias_gradient, conv_backward, differentiable_once, saves_output
 
 
@@ -24,7 +25,8 @@ class Conv2dBiasActFunction(torch.autograd.Function):
             input, weight, bias, residual, *ctx.geometry, activation, keep_preact
         )
         saved = preact if keep_preact else output if saves_output(activation) else None
-        ctx.save_for_backward(input, weight, saved)
+        ctx.source = deferred.source(input)
+        ctx.save_for_backward(input if ctx.source is None else None, weight, saved)
         return output
 
     @staticmethod
@@ -42,6 +44,8 @@ class Conv2dBiasActFunction(torch.autograd.Function):
                 grad_output, saved, ctx.activation, [True, need_bias]
             )
             grad_bias = summed if need_bias else None
-        grad_input, grad_weight = conv_backward(ctx, grad_preact, input, weight)
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_input, grad_weight = conv_backward(ctx, grad_preact, deferred.input_of(ctx, input), weight)
         grad_residual = grad_preact if ctx.needs_input_grad[3] else None
         return grad_input, grad_weight, grad_bias, grad_residual, None, None, None, None, None, None

@@ -2,22 +2,26 @@
 
 The backward of batch norm and activation gives dz (see batch_norm_act.py), then dx and dw are the convolution's and
 db = sum_npq dz, which is zero up to rounding in training: the batch mean removes b again.
+
+recompute: y is not kept; see deferred.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from .._checks import PREACT_ACTIVATIONS
 from ..ops import impl
+from . import deferred
 from .batch_norm_act import norm_backward, save_norm
-from .common import bias_gradient, conv_backward, differentiable_once
+from .common import bias_gradient, conv_backward, differentiable_once, saves_output
 
 
 class Conv2dBnActFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, stride,
-        padding, dilation, groups, training, momentum, eps, activation, backend,
+        padding, dilation, groups, training, momentum, eps, activation, recompute, backend,
     ):  # fmt: skip
         ctx.training, ctx.activation, ctx.backend = training, activation, backend
         ctx.geometry = (stride, padding, dilation, groups)
@@ -25,7 +29,17 @@ class Conv2dBnActFunction(torch.autograd.Function):
             input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
             *ctx.geometry, training, momentum, eps, activation, True,
         )  # fmt: skip
-        save_norm(ctx, conv_output, output, residual, bn_weight, bn_bias, mean, invstd, input, weight)
+        ctx.source, ctx.recompute = deferred.source(input), recompute
+        kept_input = input if ctx.source is None else None
+        if recompute:
+            ctx.eps, ctx.residual_source = eps, deferred.source(residual)
+            kept_residual = residual if ctx.residual_source is None else None
+            ctx.save_for_backward(
+                conv_output, None, kept_residual, bn_weight, bn_bias, mean, invstd, kept_input, weight
+            )
+            deferred.mark(ctx, output)
+        else:
+            save_norm(ctx, conv_output, output, residual, bn_weight, bn_bias, mean, invstd, kept_input, weight)
         return output
 
     @staticmethod
@@ -33,13 +47,26 @@ class Conv2dBnActFunction(torch.autograd.Function):
     def backward(ctx, saved_tensors, grad_output):
         *saved, input, weight = saved_tensors
         need = ctx.needs_input_grad
+        if ctx.recompute:
+            saved = _norm_tensors(ctx, saved)
         need_conv = need[0] or need[1] or need[2]
         grad_conv, grad_residual, grad_bn_weight, grad_bn_bias = norm_backward(
             ctx, grad_output, saved, need_conv, need[3], need[4], need[5]
         )
         grad_input = grad_weight = grad_bias = None
-        if need_conv:
-            grad_input, grad_weight = conv_backward(ctx, grad_conv, input, weight)
+        if need[0] or need[1]:
+            grad_input, grad_weight = conv_backward(ctx, grad_conv, deferred.input_of(ctx, input), weight)
         if need[2]:
             grad_bias = bias_gradient(ctx, grad_conv)
-        return grad_input, grad_weight, grad_bias, grad_residual, grad_bn_weight, grad_bn_bias, *[None] * 12
+        return grad_input, grad_weight, grad_bias, grad_residual, grad_bn_weight, grad_bn_bias, *[None] * 13
+
+
+def _norm_tensors(ctx, saved):
+    """The tensors of save_norm(), with those that were not kept."""
+    conv_output, _, residual, bn_weight, bn_bias, mean, invstd = saved
+    output = deferred.value(ctx) if saves_output(ctx.activation) else None
+    if ctx.activation not in PREACT_ACTIVATIONS:
+        residual = bn_bias = None
+    elif ctx.residual_source is not None:
+        residual = deferred.value(ctx.residual_source)
+    return [conv_output, output, residual, bn_weight, bn_bias, mean, invstd]
