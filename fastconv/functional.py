@@ -25,7 +25,7 @@ from . import ops
 from ._losses import cross_entropy
 from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .autograd import BatchNormActFunction, Conv2dBiasActFunction, Conv2dBnActFunction
-from .autograd.common import needs_grad
+from .autograd.common import distinct, needs_grad
 from .autograd.deferred import may_defer
 from .ops.fake import conv_output_size
 
@@ -133,7 +133,7 @@ def _conv2d_bias_act(backend, input, weight, bias, residual, *settings):
     if backend == "aten":
         return ops.aten.conv2d_bias_act(input, weight, bias, residual, *settings)
     if needs_grad(input, weight, bias, residual):
-        return Conv2dBiasActFunction.apply(input, weight, bias, residual, *settings, backend)
+        return Conv2dBiasActFunction.apply(*distinct(input, weight, bias, residual), *settings, backend)
     return ops.impl(backend, "conv2d_bias_act")(input, weight, bias, residual, *settings, False)[0]
 
 
@@ -227,7 +227,7 @@ def _batch_norm_act(backend, input, residual, weight, bias, *stats_and_settings)
         residual = None if residual is None else residual.reshape(input.shape)
     args = (input, residual, weight, bias, *stats_and_settings)
     if needs_grad(input, residual, weight, bias):
-        out = BatchNormActFunction.apply(*args, backend)
+        out = BatchNormActFunction.apply(*distinct(*args[:4]), *args[4:], backend)
     else:
         out = ops.impl(backend, "batch_norm_act")(*args)[0]
     return out if len(shape) == 4 else out.reshape(shape)
@@ -329,5 +329,5 @@ def _conv2d_bn_act(backend, *args, recompute=False):
         out = F.conv2d(input, weight, bias, *args[9:13])
         return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, *args[13:])
     if needs_grad(input, weight, bias, residual, bn_weight, bn_bias):
-        return Conv2dBnActFunction.apply(*args, recompute, backend)
+        return Conv2dBnActFunction.apply(*distinct(*args[:6]), *args[6:], recompute, backend)
     return ops.impl(backend, "conv2d_bn_act")(*args, False)[0]

@@ -224,3 +224,24 @@ def test_meta_and_fake_tensors():
         out = FF.conv2d_bias_relu(torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), stride=2)
         assert out.shape == (2, 4, 3, 3)
         assert FF.cross_entropy(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)).shape == ()
+
+
+@pytest.mark.parametrize("op", ["conv2d_bias_act", "batch_norm_act", "conv2d_bn_act"])
+def test_input_that_is_its_own_residual(op: str) -> None:
+    """One tensor in two places of an operator gets the gradients of both, as in relu(bn(conv(x)) + x)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=generator)
+    weight = torch.randn(4, 4, 3, 3, dtype=torch.float64, generator=generator)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if op == "conv2d_bias_act":
+            return FF.conv2d_bias_act(x, weight, padding=1, residual=x)
+        if op == "batch_norm_act":
+            return FF.batch_norm_act(x, None, None, training=True, residual=x)
+        return FF.conv2d_bn_act(x, weight, None, None, None, None, None, padding=1, training=True, residual=x)
+
+    grads = []
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        grads.append(torch.autograd.grad(run(leaf).square().sum(), leaf)[0])
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)

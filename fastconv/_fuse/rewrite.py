@@ -60,10 +60,10 @@ class Rewriter:
             args.append(nhwc)
             if match.add:
                 args += [match.add, self.copy[match.residual]]
+            if match.deferred:
+                args += [True] if match.add else ["", None, True]
             if match.pool:
                 function = runtime.pool
-            elif match.deferred:
-                function = runtime.conv_bn_act_deferred
             elif match.conv:
                 function = runtime.conv_bn_act if match.bn else runtime.conv_act
             else:

@@ -204,20 +204,11 @@ def _stock(x: Any, modules: list[Any], act: Any, add: str, residual: Any) -> Any
 
 
 @named
-def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
+def conv_bn_act(
+    x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None,
+    recompute: bool = False,
+):  # fmt: skip
     """act(bn(conv(x)) + residual); act is a module, a name or None, add "", "add" or "iadd"."""
-    return _conv_bn_act(x, conv, bn, act, nhwc, add, residual, False)
-
-
-@named
-def conv_bn_act_deferred(
-    x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None
-):
-    """The same, its result recomputed in the backward instead of kept."""
-    return _conv_bn_act(x, conv, bn, act, nhwc, add, residual, True)
-
-
-def _conv_bn_act(x, conv, bn, act, nhwc, add, residual, recompute):
     inner = _inner_activation(bn)
     act, own = (None, inner) if act == INNER else (act, act)
     name, norm = activation_name(own), _norm_arguments(bn)

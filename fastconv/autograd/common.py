@@ -24,6 +24,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return not torch.compiler._is_exporting_flag  # is_exporting() reads it, but in torch.compile's traces it says True
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A Function's tensors; under torch.compile a repeated one becomes a view of itself.
+
+    Dynamo gives an argument that occurs twice the gradient of its last place alone (seen in PyTorch 2.11): a block
+    ``relu(bn(conv(x)) + x)`` lost the convolution's.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for i, t in enumerate(tensors):
+        repeated = t is not None and any(t is other for other in tensors[:i])
+        found.append(t.view_as(t) if repeated else t)
+    return tuple(found)
+
+
 class _Refused(torch.autograd.Function):
     """Hands ``count`` gradients on, tied to the tensors that they depend on by a backward that raises."""
 
