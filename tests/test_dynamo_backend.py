@@ -271,6 +271,40 @@ def test_dropout_draws_the_stock_mask():
     assert_compiled(Model().double(), [[image(2, 4, 5, 5)]])
 
 
+def test_dropout_in_place_is_seen_by_other_readers():
+    def forward(m, x):
+        y = m.bn1(m.conv1(x)) * 2
+        return F.dropout(y, 0.5, True, inplace=True) + y
+
+    assert_compiled(Trap(forward).double(), [[image(2, 4, 5, 5)]], modes=(True,))
+
+
+def test_custom_operators_get_stocks_layout():
+    """One that looks at strides, and one that writes to its argument."""
+    library = torch.library.Library("fastconv_tests", "FRAGMENT")
+    library.define("strides(Tensor x) -> Tensor")
+    library.define("fill(Tensor(a!) x) -> ()")
+    library.impl("strides", lambda x: x.new_tensor(x.stride()), "CompositeExplicitAutograd")
+    library.impl("fill", lambda x: (x.zero_(), None)[1], "CompositeExplicitAutograd")
+    torch.library.register_fake("fastconv_tests::strides", lambda x: x.new_empty(x.dim()), lib=library)
+    torch.library.register_fake("fastconv_tests::fill", lambda x: None, lib=library)
+
+    def forward(m, x):
+        y = m.relu(m.bn1(m.conv1(x)))
+        return y * 2, torch.ops.fastconv_tests.strides(y)
+
+    def writing(m, x):
+        y = m.relu(m.bn1(m.conv1(x)))
+        torch.ops.fastconv_tests.fill(y)
+        return y + x
+
+    for case in (forward, writing):
+        model, x = Trap(case).double().eval(), image(2, 4, 5, 5)
+        with torch.no_grad():
+            assert_close(torch.compile(model, backend=_dynamo.fastconv)(x), model(x), 1e-9)
+        assert counters["fastconv"].pop("conv+bn+relu") == 1
+
+
 @pytest.mark.parametrize("draw", (torch.rand_like, torch.bernoulli, lambda y: F.dropout2d(y, 0.5, True)))
 def test_random_numbers_in_memory_order(draw):
     """Drawn for stock's layout: the same numbers in the same places."""

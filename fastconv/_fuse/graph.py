@@ -27,6 +27,7 @@ NORM_DEFAULTS = {
     for p in list(inspect.signature(F.batch_norm).parameters.values())[1:]
 }
 LAYERS = {torch.conv2d: (CONV, CONV_DEFAULTS), F.batch_norm: (NORM, NORM_DEFAULTS)}
+FOREIGN = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 # Calls that read the memory itself, or whose results depend on strides that Dynamo has put into the graph as numbers.
 LAYOUT_BOUND = {
@@ -86,6 +87,11 @@ def nchw_only(node: fx.Node) -> bool:
     return contiguous and not node.meta["example_value"].is_contiguous(memory_format=torch.channels_last)
 
 
+def needs_stock_layout(node: fx.Node) -> bool:
+    """Whether it is dropout, whose mask is drawn in memory order, or an operator that may look at the memory."""
+    return node.target is F.dropout or isinstance(node.target, FOREIGN)
+
+
 class GraphRewriter(Rewriter):
     """A Dynamo graph's copy, rewritten around its groups."""
 
@@ -133,7 +139,9 @@ class GraphRewriter(Rewriter):
             viewed_as = name == "view" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
             if node.op in ("call_method", "call_function") and (name in LAYOUT_BOUND or viewed_as):
                 return False
-            if name in RANDOM and any(nchw_only(value) for value in node.all_input_nodes):
+            # What may write to its inputs has to get them, not copies in another layout.
+            bound = name in RANDOM or (needs_stock_layout(node) and node in self.flow.writes)
+            if bound and any(nchw_only(value) for value in node.all_input_nodes):
                 return False
             if node.op == "call_method" and name in ("view", "view_as") and self._written_through(node):
                 return False  # it has to be a view, which there may be none of a channels_last value
@@ -152,10 +160,9 @@ class GraphRewriter(Rewriter):
         return next(iter(reversed(self.original.nodes)))
 
     def _restore(self) -> None:
-        """Stock PyTorch's layout for results, for dropout (whose mask is drawn in memory order) and foreign calls."""
+        """Stock PyTorch's layout for results, and for the calls that need it."""
         for node in self.original.nodes:
-            foreign = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
-            if node.op != "output" and node.target is not F.dropout and not foreign:
+            if node.op != "output" and not needs_stock_layout(node):
                 continue
             copy = self.copy[node] if node.op != "output" else next(iter(reversed(self.graph.nodes)))
             for value in node.all_input_nodes:
