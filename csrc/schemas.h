@@ -2,7 +2,7 @@
 //
 // The implementations are registered per device: csrc/cpu/<op>.cpp for CPU. No autograd formula is registered here:
 // gradients live in fastconv/autograd, outside the operators, so that each raw operator is a plain function of its
-// arguments.
+// arguments (autograd.cpp makes asking for one an error).
 //
 // Layout of 4-d results ("CL" = torch.channels_last, decided by Tensor.suggest_memory_format()):
 // - output, preact, conv_output: of convolutions, CL if the input or the weight is CL; of other operators, as the

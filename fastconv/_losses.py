@@ -32,6 +32,8 @@ def cross_entropy(
     which recomputes the probabilities; the logits are never overwritten. The softmax is the online one of
     Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867
 
+    Autocast: runs and returns in float32; half-precision logits, probability targets and class weights are cast.
+
     Raises ValueError where the batch sizes differ, IndexError on a class index out of range (on a CPU), RuntimeError
     on other shapes and dtypes.
     """

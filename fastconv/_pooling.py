@@ -56,6 +56,7 @@ def max_pool2d(
 
     Input [N, C, H, W] or [C, H, W]. The fused kernels keep the arg max as one byte per output element for the
     backward; windows of more than 256 elements, integer inputs and ``return_indices=True`` run on ``aten``.
+    Autocast: runs in the input's dtype.
     """
     op = "max_pool2d"
     kernel, stride, padding, dilation = _window(op, input, kernel_size, stride, padding, dilation, ceil_mode)
@@ -87,7 +88,10 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.avg_pool2d`, arguments, results and errors alike. Input [N, C, H, W] or [C, H, W]."""
+    """:func:`torch.nn.functional.avg_pool2d`, arguments, results and errors alike. Input [N, C, H, W] or [C, H, W].
+
+    Autocast: runs in the input's dtype.
+    """
     op = "avg_pool2d"
     kernel, stride, padding, _ = _window(op, input, kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override is not None and divisor_override == 0:
@@ -108,7 +112,10 @@ def _avg_pool2d(backend, input, *settings):
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
-    """:func:`torch.nn.functional.adaptive_avg_pool2d`: None keeps that side. Input [N, C, H, W] or [C, H, W]."""
+    """:func:`torch.nn.functional.adaptive_avg_pool2d`: None keeps that side. Input [N, C, H, W] or [C, H, W].
+
+    Autocast: runs in the input's dtype.
+    """
     op = "adaptive_avg_pool2d"
     check.tensor(op, "input", input)
     if input.dim() not in (3, 4) or 0 in input.shape[-3:]:

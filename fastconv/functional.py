@@ -95,8 +95,10 @@ def conv2d_bias_act(
     residual: [N, K, P, Q], the output's shape and dtype, added before the activation.
 
     Shapes: input [N, C, H, W] or [C, H, W], weight [K, C/groups, R, S], bias [K]; output [N, K, P, Q].
-    dtypes: float32, float16, bfloat16, float64 (all tensors alike). Raises RuntimeError on shapes, dtypes or devices
-    that do not fit, TypeError on wrong types, ValueError on an unknown activation.
+    dtypes: float32, float16, bfloat16, float64 (all tensors alike). Autocast: all tensors are cast to its dtype, the
+    output has it (F.conv2d's rule; the fused addition and activation run in it too); float64 stays.
+    Raises RuntimeError on shapes, dtypes or devices that do not fit, TypeError on wrong types, ValueError on
+    an unknown activation.
     """
     op = "conv2d_bias_act"
     check.tensor(op, "input", input)
@@ -190,8 +192,11 @@ def batch_norm_act(
     statistics are the cumulative average over it.
 
     Shapes: input [N, C, *]; running_mean, running_var, weight, bias [C]. Statistics are computed in float32 (float64
-    for float64 input); float16 and bfloat16 input may come with float32 vectors. Raises RuntimeError on shapes, dtypes
-    or devices that do not fit, ValueError on one value per channel in training or an unknown activation.
+    for float64 input); float16 and bfloat16 input may come with float32 vectors. Autocast: runs in the input's dtype,
+    as F.batch_norm does; the residual is cast to it.
+
+    Raises RuntimeError on shapes, dtypes or devices that do not fit, ValueError on one value per channel in training
+    or an unknown activation.
     """
     op = "batch_norm_act"
     check.tensor(op, "input", input)
@@ -270,8 +275,11 @@ def conv2d_bn_act(
     """act(batch_norm(conv2d(input, weight) + bias) + residual) in one operator.
 
     The convolution's arguments as :func:`conv2d_bias_act`, the normalisation's as :func:`batch_norm_act`, with running
-    statistics, bn_weight and bn_bias of shape [K]. In evaluation without gradients the normalisation becomes a scale
-    and shift in the convolution's epilogue and the convolution's raw output is not kept.
+    statistics, bn_weight and bn_bias of shape [K]. Autocast: input, weight, bias and residual are cast to its dtype,
+    which the output has; the normalisation's vectors stay, its arithmetic is float32.
+
+    In evaluation without gradients the normalisation becomes a scale and shift in the convolution's epilogue
+    and the convolution's raw output is not kept.
 
     recompute: in training, keep the convolution's raw output alone for the backward. The result is recomputed from it
     there, for this call and for the convolutions of this module that read it; a reader that keeps its input by itself

@@ -271,11 +271,17 @@ def test_schema_is_honest(layout, op, kernels):
 
 
 @OP
-def test_no_autograd_is_registered(op, kernels):
-    """Gradients live in the Functions alone."""
-    for key in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"):
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv::{op}", key)
+def test_a_backward_is_refused(op, kernels):
+    """Gradients live in the Functions alone: the raw operators have an autograd kernel that says so."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"fastconv::{op}", "Autograd") and not has(f"fastconv::{op}", "CompositeImplicitAutograd")
     assert torch.Tag.pt2_compliant_tag in overload(op).tags
+    args = copied(next(iter(SAMPLES[op]("nchw", torch.float32, kernels.device))))
+    leaf = next(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
+    leaf.requires_grad_()
+    out = next(r for r in as_list(overload(op)(*args)) if r.numel() and r.is_floating_point())
+    with pytest.raises(RuntimeError, match=f"derivative for fastconv::{op} is not implemented"):
+        out.sum().backward()
 
 
 @OP

@@ -39,6 +39,7 @@ FRESH_METHODS = {
 }  # fmt: skip
 PLAIN_METHODS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_contiguous", "item"}
 PLAIN_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"}
+STATISTICS_WRITERS = {F.batch_norm, F.instance_norm}
 INPLACE_OPERATORS = {getattr(operator, f"i{name}") for name in AUGMENTED} | {operator.setitem}
 PURE_ORIGINS = ("torch", "_operator", "operator", "builtins", "math")
 
@@ -58,13 +59,24 @@ class Flow:
     owners: dict[fx.Node, frozenset[fx.Node]]
     writes: dict[fx.Node, frozenset[fx.Node]]
 
-    def written_between(self, first: fx.Node, last: fx.Node, values: list[fx.Node]) -> fx.Node | None:
-        """A node strictly between the two that may write to one of ``values`` or to a parameter or buffer."""
-        owned = frozenset().union(*(self.owners[v] for v in values))
-        node = first.next
-        while node is not last:
-            hit = self.writes.get(node)
-            if hit and (hit & owned or any(n.op == "get_attr" for n in hit)):
+    def touched_between(self, chain: list[fx.Node]) -> fx.Node | None:
+        """A node among those of ``chain`` that keeps them from running together, at the place of the last.
+
+        It may write to what they read (or to a parameter or buffer), read what they write, or change the state of the
+        thread (gradients, autocast).
+        """
+        inside = set(chain)
+        read = frozenset().union(*(self.owners[i] for n in chain for i in n.all_input_nodes if i not in inside))
+        stats = frozenset().union(*(self.writes.get(n, ()) for n in chain)) - inside
+        node = chain[0].next
+        while node is not chain[-1]:
+            hit = self.writes.get(node, frozenset())
+            if node not in inside and (
+                hit & read
+                or any(n.op == "get_attr" for n in hit)
+                or any(self.owners[i] & stats for i in node.all_input_nodes)
+                or changes_state(node)
+            ):
                 return node
             node = node.next
         return None
@@ -95,6 +107,30 @@ def is_inplace_call(node: fx.Node) -> bool:
     return False
 
 
+def changes_state(node: fx.Node) -> bool:
+    """Whether the node switches gradients, autocast or a transform; such nodes are in graphs of Dynamo alone."""
+    if node.op != "call_function" or any(n.op != "call_function" or not changes_state(n) for n in node.all_input_nodes):
+        return False
+    return getattr(node.target, "__module__", None) not in ("torch", "math", "operator", "_operator", "builtins")
+
+
+def _mutable(target: object) -> bool:
+    """Whether a registered operator writes to arguments by its schema, or runs a graph, which may do anything."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def _running_statistics(node: fx.Node) -> list[fx.Node]:
+    """What F.batch_norm and F.instance_norm update: their running_mean and running_var."""
+    if node.target not in STATISTICS_WRITERS:
+        return []
+    named = [node.kwargs.get(name) for name in ("running_mean", "running_var")]
+    return [a for a in (*node.args[1:3], *named) if isinstance(a, fx.Node)]
+
+
 def _written(node: fx.Node, effect_of: Callable[[str], Effect]) -> list[fx.Node]:
     inputs = node.all_input_nodes
     if node.op == "call_module":
@@ -105,6 +141,9 @@ def _written(node: fx.Node, effect_of: Callable[[str], Effect]) -> list[fx.Node]
     if is_inplace_call(node):
         written += [a for a in node.args[:1] if isinstance(a, fx.Node)] or inputs
     elif node.op == "call_function":
+        written += _running_statistics(node)
+        if _mutable(node.target):
+            return inputs
         origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
         if origin not in PURE_ORIGINS:
             return inputs

@@ -13,6 +13,7 @@ from torch import nn
 
 from .analysis import Analysis, children
 from .plan import CHANNELS_LAST, Plan, Planner
+from .runtime import profiling
 from .trace import base_class
 
 _classes: dict[type, type] = {}
@@ -104,7 +105,12 @@ def fused_class(base: type) -> type:
             if kwargs and kwargs.keys() == set(plan.names[len(args) :]):
                 args, kwargs = (*args, *(kwargs[name] for name in plan.names[len(args) :])), {}
             run = None if kwargs else plan.select(self, args)
-            return base.forward(self, *args, **kwargs) if run is None else run(self, *args)
+            if run is None:
+                return base.forward(self, *args, **kwargs)
+            if not profiling():
+                return run(self, *args)
+            with torch.autograd.profiler.record_function(base.__name__):
+                return run(self, *args)
 
         def fill(namespace: dict[str, Any]) -> None:
             namespace.update(forward=forward, _fastconv_base=base, __module__="fastconv.fuse", __doc__=base.__doc__)

@@ -96,11 +96,17 @@ def describe(module: nn.Module, wanted: type) -> str:
 class Matcher:
     """Finds the groups of one graph.
 
-    shared: reasons by id() of modules that are used in more than one place. ``left`` collects (path, reason).
+    shared: reasons by id() of modules that are used in more than one place. layers: functional calls that count as
+    calls of a layer of that type, under the node's name (Dynamo's graphs have no modules, see graph.py). ``left``
+    collects (path, reason).
     """
 
-    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module], flow: Flow, shared: Mapping[int, str]):
+    def __init__(
+        self, graph: fx.Graph, modules: Mapping[str, nn.Module], flow: Flow, shared: Mapping[int, str],
+        layers: Mapping[fx.Node, nn.Module] | None = None,
+    ):  # fmt: skip
         self.graph, self.modules, self.flow, self.shared = graph, modules, flow, shared
+        self.layers = layers or {}
         self.taken: set[fx.Node] = set()
         self.exposed: frozenset[fx.Node] = frozenset()  # values that a caller writes to in place
         self.left: list[tuple[str, str]] = []
@@ -121,12 +127,17 @@ class Matcher:
         return [m for m in found if m]
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[node.target] if node.op == "call_module" else None
+        return self.modules[node.target] if node.op == "call_module" else self.layers.get(node)
+
+    def _name(self, node: fx.Node) -> str:
+        return node.name if node in self.layers else node.target
 
     def _reason(self, node: fx.Node, wanted: type) -> str:
         """Why the module called at ``node`` cannot be a member; empty if it can."""
         module = self._module(node)
         reason = describe(module, wanted) or self.shared.get(id(module), "")
+        if node in self.layers:
+            return reason
         if not reason and self.calls[id(module)] > 1:
             reason = "is called more than once"
         if not reason and (len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node)):
@@ -138,13 +149,13 @@ class Matcher:
             return None
         reason = self._reason(node, nn.Conv2d)
         if reason:
-            self.left.append((node.target, reason))
+            self.left.append((self._name(node), reason))
             return None
-        steps = [Match([node], conv=node.target, words=["conv"])]
+        steps = [Match([node], conv=self._name(node), words=["conv"])]
         reader = self._reader(node)
         normed = reader is not None and isinstance(self._module(reader), _BatchNorm) and reader.args[:1] == (node,)
         if normed and not self._reason(reader, nn.BatchNorm2d):
-            match = Match([node, reader], conv=node.target, bn=reader.target, words=["conv", "bn"])
+            match = Match([node, reader], conv=self._name(node), bn=self._name(reader), words=["conv", "bn"])
             steps.append(self._with_inner(match))
         return self._finish(steps)
 
@@ -153,9 +164,9 @@ class Matcher:
             return None
         reason = self._reason(node, nn.BatchNorm2d)
         if reason:
-            self.left.append((node.target, reason))
+            self.left.append((self._name(node), reason))
             return None
-        match = self._with_inner(Match([node], bn=node.target, words=["bn"]))
+        match = self._with_inner(Match([node], bn=self._name(node), words=["bn"]))
         if match.act and match.act == INNER:
             self.taken.add(node)
             return match
@@ -193,13 +204,12 @@ class Matcher:
                 steps.append(longer)
         reason = self._why_it_ends(steps[-1])
         for match in reversed(steps[1:]):
-            inputs = [match.nodes[0].args[0], *([match.residual] if match.residual is not None else [])]
-            writer = self.flow.written_between(match.nodes[0], match.nodes[-1], inputs)
+            writer = self.flow.touched_between(match.nodes)
             if writer is None:
                 self.taken.update(match.nodes)
                 return match
             reason = f"{writer.target if isinstance(writer.target, str) else writer.name} may write to its inputs"
-        self.left.append((steps[0].nodes[0].target, reason))
+        self.left.append((self._name(steps[0].nodes[0]), reason))
         return None
 
     def _why_it_ends(self, match: Match) -> str:
@@ -208,7 +218,9 @@ class Matcher:
             return f"nothing to fuse: its output has {len(node.users)} readers"
         reader = self._reader(node)
         if reader is not None and isinstance(self._module(reader), _BatchNorm) and match.bn is None:
-            return f"nothing to fuse: {reader.target} {self._reason(reader, nn.BatchNorm2d) or 'takes it otherwise'}"
+            return (
+                f"nothing to fuse: {self._name(reader)} {self._reason(reader, nn.BatchNorm2d) or 'takes it otherwise'}"
+            )
         return (
             "nothing to fuse: no activation follows" if match.bn else "nothing to fuse: no norm or activation follows"
         )

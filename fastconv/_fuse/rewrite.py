@@ -20,9 +20,11 @@ class Rewriter:
     def __init__(
         self, analysis: Analysis, module: nn.Module, graph: fx.Graph, flow: Flow, matches: list[Match], kind: str
     ) -> None:
-        self.analysis, self.flow, self.matches, self.kind = analysis, flow, matches, kind
-        self.modules = analysis.paths(module)
-        self.original = graph
+        self.analysis, self.modules, self.kind = analysis, analysis.paths(module), kind
+        self._copy(graph, flow, matches)
+
+    def _copy(self, graph: fx.Graph, flow: Flow, matches: list[Match]) -> None:
+        self.original, self.flow, self.matches = graph, flow, matches
         self.graph = fx.Graph()
         self.copy: dict[fx.Node, fx.Node] = {}
         self.graph.output(self.graph.graph_copy(graph, self.copy))
@@ -67,7 +69,13 @@ class Rewriter:
             else:
                 function = runtime.bn_act
             fused = self.graph.call_function(function, tuple(args))
-        last.replace_all_uses_with(fused)
+        self._put(match, fused)
+
+    def _put(self, match: Match, fused: fx.Node) -> None:
+        """``fused`` in place of the group's nodes."""
+        nodes = [self.copy[n] for n in match.nodes]
+        fused.kwargs = {"label": f"{match.pattern}: {' '.join(match.members)}"}
+        nodes[-1].replace_all_uses_with(fused)
         for node in reversed(nodes):
             self.graph.erase_node(node)
         self.copy[match.nodes[-1]] = fused

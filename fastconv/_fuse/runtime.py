@@ -8,10 +8,13 @@ counts.
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.profiler as profiler
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +45,21 @@ ACTIVATIONS = {
 NORM_ACT_CLASSES = {"timm.layers.norm_act.BatchNormAct2d"}
 INNER = "(inner)"  # in a graph: the activation that the norm calls itself
 ADDITIONS = {"add": operator.add, "iadd": operator.iadd}
+
+
+# Types of the stand-ins for plain tensors while fastconv._dynamo has a compiler run a graph to trace it.
+TRACED: set[type] = set()
+
+
+def plain_type(x: Any) -> bool:
+    """Whether x is a tensor without rules of its own, or a compiler's stand-in for one."""
+    kind = type(x)
+    return kind is Tensor or kind is nn.Parameter or kind in TRACED or _exported(kind)
+
+
+def _exported(kind: type) -> bool:
+    # Non-strict torch.export runs the forward on these; strict export has Dynamo read it, where types are plain.
+    return torch.compiler._is_exporting_flag and kind.__name__ in ("FakeTensor", "FunctionalTensor")
 
 
 # Called with (module, inputs, result) by every group that ran fused: fastconv._fuse.kept listens here.
@@ -78,6 +96,24 @@ def activation_name(act: Any) -> str:
     return "" if not name or has_hooks(act) else name
 
 
+def profiling() -> bool:
+    """Whether a profiler wants ranges now: torch.profiler, or autograd.profiler.emit_nvtx."""
+    return profiler._is_profiler_enabled and not torch.compiler.is_compiling()
+
+
+def named(function: Callable) -> Callable:
+    """A group's function with a keyword argument ``label``: the name of its range in a profile."""
+
+    @functools.wraps(function)
+    def call(*args: Any, label: str = "") -> Any:
+        if not profiling():
+            return function(*args)
+        with profiler.record_function(label or function.__name__):
+            return function(*args)
+
+    return call
+
+
 def is_norm_act(module: Any) -> bool:
     """Whether the module is a batch norm with ``drop`` and ``act`` inside; a subclass may compute something else."""
     kind = type(module)
@@ -90,41 +126,36 @@ def _inner_activation(bn: Any) -> Any:
     return None if type(act) is nn.Identity and not has_hooks(act) else act
 
 
-def _plain_input(x: Any) -> bool:
+def plain_input(x: Any) -> bool:
     # Subclasses (tensors with metadata, distributed and functional tensors) bring their own rules for stock operators.
-    return (
-        (type(x) is Tensor or type(x) is nn.Parameter)
-        and x.dim() == 4
-        and x.is_floating_point()
-        and x.layout is torch.strided
-    )
+    return plain_type(x) and x.dim() == 4 and x.is_floating_point() and x.layout is torch.strided
 
 
-def _fits(residual: Any, x: Tensor, shape: tuple[int, ...], cast: bool) -> bool:
+def fits(residual: Any, x: Tensor, shape: tuple[int, ...], cast: bool) -> bool:
     """Whether residual has the shape, dtype and device that the sum has without broadcasting or promotion."""
     dtype, kind = x.dtype, x.device.type
     if cast and dtype is not torch.float64 and not x.is_meta and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    return (
-        _plain_input(residual) and residual.dtype is dtype and residual.device == x.device and residual.shape == shape
-    )
+    return plain_input(residual) and residual.dtype is dtype and residual.device == x.device and residual.shape == shape
+
+
+def conv_shape(x: Tensor, channels: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
+    """The shape of a convolution's output; the settings are pairs, padding may be 'same' or 'valid'."""
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [t if padding == "same" else 0 for t in total]
+    else:
+        padding = [2 * p for p in padding]
+    size = [(x.size(2 + i) + padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    return (x.size(0), channels, *size)
 
 
 def _conv_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
-    if isinstance(conv.padding, str):
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        padding = [t if conv.padding == "same" else 0 for t in total]
-    else:
-        padding = [2 * p for p in conv.padding]
-    size = [
-        (x.size(2 + i) + padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i in (0, 1)
-    ]
-    return (x.size(0), conv.out_channels, *size)
+    return conv_shape(x, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
 
 def _conv_ready(conv: Any, x: Any) -> bool:
-    return type(conv) is nn.Conv2d and not has_hooks(conv) and _plain_input(x)
+    return type(conv) is nn.Conv2d and not has_hooks(conv) and plain_input(x)
 
 
 def _norm_arguments(bn: Any) -> dict[str, Any] | None:
@@ -172,6 +203,7 @@ def _stock(x: Any, modules: list[Any], act: Any, add: str, residual: Any) -> Any
     return ACTIVATIONS[act](x) if isinstance(act, str) else act(x)
 
 
+@named
 def conv_bn_act(
     x: Tensor, conv: nn.Module, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None,
     recompute: bool = False,
@@ -184,7 +216,7 @@ def conv_bn_act(
         not name
         or norm is None
         or not _conv_ready(conv, x)
-        or (add and not _fits(residual, x, _conv_shape(conv, x), True))
+        or (add and not fits(residual, x, _conv_shape(conv, x), True))
     ):
         return _stock(x, [conv, bn], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
@@ -196,10 +228,11 @@ def conv_bn_act(
     return _seen(conv, (x, residual), out)
 
 
+@named
 def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(conv(x) + residual)."""
     name = activation_name(act)
-    if not name or not _conv_ready(conv, x) or (add and not _fits(residual, x, _conv_shape(conv, x), True)):
+    if not name or not _conv_ready(conv, x) or (add and not fits(residual, x, _conv_shape(conv, x), True)):
         return _stock(x, [conv], act, add, residual)
     x, padding = _padded(conv, channels_last(x) if nhwc else x)
     out = FF.conv2d_bias_act(
@@ -208,22 +241,24 @@ def conv_act(x: Tensor, conv: nn.Module, act: Any, nhwc: bool, add: str = "", re
     return _seen(conv, (x, residual), out)
 
 
+@named
 def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residual: Any = None):
     """act(bn(x) + residual)."""
     inner = _inner_activation(bn)
     act, own = (None, inner) if act == INNER else (act, act)
     name, norm = activation_name(own), _norm_arguments(bn)
-    if not name or norm is None or not _plain_input(x) or (add and not _fits(residual, x, tuple(x.shape), False)):
+    if not name or norm is None or not plain_input(x) or (add and not fits(residual, x, tuple(x.shape), False)):
         return _stock(x, [bn], act, add, residual)
     x = channels_last(x) if nhwc else x
     out = FF.batch_norm_act(x, weight=bn.weight, bias=bn.bias, activation=name, residual=residual, **norm)
     return _seen(bn, (x, residual), out)
 
 
+@named
 def pool(x: Tensor, module: nn.Module, nhwc: bool):
     """MaxPool2d, AvgPool2d or AdaptiveAvgPool2d."""
     kind = type(module)
-    if kind not in POOL_MODULES or has_hooks(module) or not _plain_input(x):
+    if kind not in POOL_MODULES or has_hooks(module) or not plain_input(x):
         return module(x)
     x = channels_last(x) if nhwc else x
     if kind is nn.AdaptiveAvgPool2d:
@@ -244,15 +279,15 @@ POOL_MODULES = {nn.MaxPool2d: "max_pool2d", nn.AvgPool2d: "avg_pool2d", nn.Adapt
 
 
 def max_pool2d(input: Tensor, *args: Any, **kwargs: Any):
-    return (FF if _plain_input(input) else F).max_pool2d(input, *args, **kwargs)
+    return (FF if plain_input(input) else F).max_pool2d(input, *args, **kwargs)
 
 
 def avg_pool2d(input: Tensor, *args: Any, **kwargs: Any):
-    return (FF if _plain_input(input) else F).avg_pool2d(input, *args, **kwargs)
+    return (FF if plain_input(input) else F).avg_pool2d(input, *args, **kwargs)
 
 
 def adaptive_avg_pool2d(input: Tensor, *args: Any, **kwargs: Any):
-    return (FF if _plain_input(input) else F).adaptive_avg_pool2d(input, *args, **kwargs)
+    return (FF if plain_input(input) else F).adaptive_avg_pool2d(input, *args, **kwargs)
 
 
 POOL_FUNCTIONS = {
@@ -263,32 +298,41 @@ POOL_FUNCTIONS = {
 }
 
 
-# Layout: inside, 4-d tensors are channels_last; a fused container gives its caller the layout that it was given.
+# Layout: inside, 4-d tensors are channels_last; a fused container gives its caller the layout that it was given. Inside
+# torch.func's transforms layouts stay as they are: vmap's tensors have none that could be asked for.
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def channels_last(x: Any) -> Any:
     """A 4-d tensor in channels_last, copied if need be; anything else as it is."""
-    if type(x) is Tensor and x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+    if not plain_type(x) or type(x) is nn.Parameter or x.dim() != 4 or _transformed():
+        return x
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
 
 
 def contiguous(x: Any) -> Any:
     """The value with every channels_last tensor in it made contiguous; tuples, lists and dicts keep their types."""
-    if type(x) is Tensor:
+    if _transformed():
+        return x
+    if plain_type(x) and type(x) is not nn.Parameter:
         nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous() if nhwc else x
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(contiguous(v) for v in x))
     if type(x) in (tuple, list):
         return type(x)(contiguous(v) for v in x)
-    if isinstance(x, dict) and any(type(v) is Tensor and v.dim() == 4 for v in x.values()):
+    if isinstance(x, dict) and any(plain_type(v) and v.dim() == 4 for v in x.values()):
         return type(x)((k, contiguous(v)) for k, v in x.items())
     return x
 
 
 def came_contiguous(*values: Any) -> bool:
     """Whether none of the arguments is a channels_last tensor: the caller then expects contiguous ones back."""
+    if _transformed():
+        return False
     for x in values:
         if isinstance(x, (list, tuple)) and x:
             x = x[0]

@@ -14,8 +14,14 @@ from . import deferred
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an operator on these tensors; without it no Function is needed."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd would record an operator on these tensors; without it no Function is needed.
+
+    An exported program holds the raw operators, whose backward raises: torch.export keeps of a Function its forward
+    alone, as a region without gradients, and a program trained like that would miss gradients in silence.
+    """
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return not torch.compiler._is_exporting_flag  # is_exporting() reads it, but in torch.compile's traces it says True
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -179,6 +179,9 @@ def _compiled_cannot_run(device: str, op: str, tensors: tuple[Tensor | None, ...
     return ""
 
 
+_DISABLED = torch._C._disabled_torch_function_impl  # of Parameter, and of the tensors that compilers trace with
+
+
 def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
     """Calls that need PyTorch's own derivative rules: torch.func, forward-mode AD, tensor subclasses."""
     if torch.compiler.is_compiling():
@@ -187,8 +190,10 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> str:
         return "inside a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "inside forward-mode AD"
-    if torch.overrides.has_torch_function(tuple(t for t in tensors if t is not None)):
-        return "a tensor subclass overrides __torch_function__"
+    # Not torch.overrides.has_torch_function: it says yes to every tensor under a mode (torch.set_default_device).
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t).__torch_function__ is not _DISABLED:
+            return "a tensor subclass overrides __torch_function__"
     return ""
 
 
