@@ -18,6 +18,24 @@ if TYPE_CHECKING:
     from .flatten import Flattener
 
 
+def _conv_bn_act(f, x, conv, bn, act, nhwc, add="", residual=None, recompute=False, label=""):
+    if recompute and f.training:
+        raise Refused("fuse() was asked to recompute batch norms (defer_bn), a plan keeps them")
+    return f.conv(x, conv, bn, act, residual)
+
+
+def _conv_act(f, x, conv, act, nhwc, add="", residual=None, label=""):
+    return f.conv(x, conv, None, act, residual)
+
+
+def _bn_act(f, x, bn, act, nhwc, add="", residual=None, label=""):
+    return f.norm(x, bn, act, residual)
+
+
+def _pool(f, x, module, nhwc, label=""):
+    return f.pooling(x, module)
+
+
 def _max_pool(f, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     return f.pool(
         "max_pool", input, kernel_size=kernel_size, stride=stride or None, padding=padding, dilation=dilation,
@@ -71,10 +89,7 @@ def _act_method(name: str, inplace: bool) -> Callable[..., Any]:
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    runtime.conv_bn_act: lambda f, x, conv, bn, act, nhwc, add="", residual=None: f.conv(x, conv, bn, act, residual),
-    runtime.conv_act: lambda f, x, conv, act, nhwc, add="", residual=None: f.conv(x, conv, None, act, residual),
-    runtime.bn_act: lambda f, x, bn, act, nhwc, add="", residual=None: f.norm(x, bn, act, residual),
-    runtime.pool: lambda f, x, module, nhwc: f.pooling(x, module),
+    runtime.conv_bn_act: _conv_bn_act, runtime.conv_act: _conv_act, runtime.bn_act: _bn_act, runtime.pool: _pool,
     runtime.max_pool2d: _max_pool, F.max_pool2d: _max_pool, torch.max_pool2d: _max_pool,
     runtime.avg_pool2d: _avg_pool, F.avg_pool2d: _avg_pool,
     runtime.adaptive_avg_pool2d: _adaptive_pool,
