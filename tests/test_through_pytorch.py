@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -99,6 +101,32 @@ def test_second_derivatives_in_compiled_code_are_refused(pair):
     (first,) = torch.autograd.grad(step(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         first.square().sum().backward()
+
+
+IMPORTS_IN_FORWARD = """
+import sys, torch, fastconv, fastconv.functional as FF
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(lambda x: self.act(self.conv(x)), x, use_reentrant=False)
+
+assert "torch._dynamo" not in sys.modules
+fastconv.fuse(Model())
+assert "torch._dynamo" in sys.modules, "the case is none: the trace imports it no longer"
+x, w = torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3)
+torch.compile(lambda: FF.conv2d_bias_act(x, w), fullgraph=True, backend="eager")()
+"""
+
+
+def test_fuse_does_not_spoil_modules_that_a_forward_imports():
+    """torch._dynamo, first imported while a forward is traced, must not keep the tracer's isinstance."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS_IN_FORWARD], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 # torch.export.

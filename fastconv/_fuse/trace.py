@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 import inspect
 import operator
 import pickle
@@ -168,17 +169,35 @@ def _replaced(tracer: _Tracer) -> Iterator[None]:
 
         return stop
 
-    states = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-    before = [(builtins, "isinstance", plain), (builtins, "print", print)]
-    before += [(torch, name, getattr(torch, name)) for name in states]
+    def importer(function: Any) -> Any:
+        def load(*args: Any, **kwargs: Any) -> Any:
+            # A module that is first imported in a forward may keep what it finds: torch._dynamo keeps the builtins.
+            put(before)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                put(during)
+
+        return load
+
+    def put(functions: list[tuple[Any, str, Any]]) -> None:
+        for owner, name, function in functions:
+            setattr(owner, name, function)
+
+    during = [
+        (builtins, "isinstance", wrapper),
+        (builtins, "print", stopper(print, "prints")),
+        (builtins, "__import__", importer(builtins.__import__)),
+        (importlib, "import_module", importer(importlib.import_module)),
+    ]
+    for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+        during.append((torch, name, stopper(getattr(torch, name), f"asks torch.{name}()")))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in during]
     try:
-        builtins.isinstance, builtins.print = wrapper, stopper(print, "prints")
-        for name in states:
-            setattr(torch, name, stopper(getattr(torch, name), f"asks torch.{name}()"))
+        put(during)
         yield
     finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
+        put(before)
 
 
 @contextlib.contextmanager
