@@ -104,7 +104,7 @@ class TrainStep:
                 raise RuntimeError(f"TrainStep: {name} expected on {self.device} like the model, got {value.device}")
         if self._plans is not None:
             plan = self._plans.find(x, y)
-            return self.eager(x, y) if plan is None else plan.run(x, y)
+            return self.eager(x, y) if plan is None else self._plans.run(plan, x, y)
         return self.eager(x, y) if self._graphs is None else self._graphs(x, y)
 
     @property

@@ -122,12 +122,30 @@ def test_weight_grad_update_is_the_gradient_and_the_optimizer(optimizer, name):
         planned.prepare()
         before = mine._version
         state, hyper = planned.state[id(mine)], planned.groups[0][2]
-        PLAN.conv2d_weight_grad_update(g, x, w, geometry, mine.detach(), state, half, hyper, planned.kind)
+        PLAN.conv2d_weight_grad_update(g, x, w, geometry, mine.detach(), state, half, hyper, planned.kind, False)
         assert mine._version > before
         torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-6)
         assert torch.equal(half, mine.to(torch.bfloat16))
     for key, value in ours.state_dict()["state"].get(0, {}).items():
         torch.testing.assert_close(value, theirs.state_dict()["state"][0][key], rtol=1e-4, atol=1e-5)
+
+
+def test_skipping_dead_taps_changes_nothing_without_decay_and_state():
+    x, w, _, geometry = problem("one pixel")
+    hyper, g = torch.tensor([0.1, 0.9, 0.0, 0.0]).double(), torch.randn(4, 64, 1, 1).contiguous(memory_format=LAST)
+    results = []
+    for skip in (False, True):
+        mine, buffer = w.clone(memory_format=torch.preserve_format), torch.zeros_like(w)
+        for _ in range(2):
+            PLAN.conv2d_weight_grad_update(g, x, mine, geometry, mine, [buffer], None, hyper, "sgd", skip)
+        results.append((mine, buffer))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], w)
+    buffer = torch.ones_like(w)  # and with state it does: so the plan has to look
+    PLAN.conv2d_weight_grad_update(g, x, mine, geometry, mine, [buffer], None, hyper, "sgd", True)
+    assert torch.equal(buffer[:, :, 0, 0], torch.ones(64, 64)) and not torch.equal(
+        buffer[:, :, 1, 1], torch.ones(64, 64)
+    )
 
 
 def test_update_takes_gradients_in_any_layout_and_dtype():

@@ -9,6 +9,8 @@
 #include <map>
 #include <memory>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "conv_rows_host.h"
 #include "isa.h"
@@ -326,6 +328,15 @@ int64_t cut(int64_t size, int64_t block, int64_t part, int64_t parts) {
   return std::min(size, (size + block - 1) / block * part / parts * block);
 }
 
+// Whether a tap reads the input at any output position of one axis.
+bool axis_live(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t dil, int64_t tap) {
+  for (int64_t o = 0; o < out; ++o) {
+    const int64_t i = o * stride - pad + tap * dil;
+    if (i >= 0 && i < in) return true;
+  }
+  return false;
+}
+
 int64_t wgrad_threads(const ConvParams& p, int64_t columns) {
   const double work = static_cast<double>(p.n * p.p * p.q) * p.k * columns * p.r * p.s;
   return work < kSerialWork ? 1 : at::get_num_threads();
@@ -358,13 +369,26 @@ void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
 }
 
 template <class T>
-void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, const GradTaker& take) {
+void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, bool skip_dead, const GradTaker& take) {
   ConvParams p = full;
   WgradTask<T, float> t = wgrad_task<T, float>(p, dz, x);
   const RowsShape shape = tile_shape();
   const int64_t filter = p.r * p.s * t.columns;  // elements
   t.c1 = t.columns;
   t.tap_end = p.r * p.s;
+  t.leave_dead = skip_dead;
+  // Runs of live taps, as elements of a filter; one run of all of them where dead ones count.
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
+    const bool live = !skip_dead || (axis_live(p.h, p.p, p.stride_h, p.pad_h, p.dil_h, tap / p.s) &&
+                                     axis_live(p.w, p.q, p.stride_w, p.pad_w, p.dil_w, tap % p.s));
+    if (!live) continue;
+    if (!runs.empty() && runs.back().second == tap * t.columns)
+      runs.back().second += t.columns;
+    else
+      runs.emplace_back(tap * t.columns, (tap + 1) * t.columns);
+  }
+  const bool whole = runs.size() == 1 && runs[0].second - runs[0].first == filter;
   const int64_t parts = std::min(wgrad_threads(p, t.columns), (p.k + shape.rows - 1) / shape.rows);
   const int64_t block = std::max<int64_t>(shape.rows, kUpdateBytes / (filter * 4) / shape.rows * shape.rows);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -374,7 +398,12 @@ void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, co
       m.k0 = k;
       m.k1 = std::min(last, k + block);
       const float* grad = run_wgrad(p, m, (m.k1 - m.k0) * filter * 4);
-      take(m.k0 * filter, (m.k1 - m.k0) * filter, grad);
+      if (whole) {
+        take(m.k0 * filter, (m.k1 - m.k0) * filter, grad);
+        continue;
+      }
+      for (int64_t i = m.k0; i < m.k1; ++i)
+        for (const auto& [from, to] : runs) take(i * filter + from, to - from, grad + (i - m.k0) * filter + from);
     }
   });
 }
@@ -384,7 +413,7 @@ void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, co
   template void rows_forward<T>(const ConvParams&, const T*, const T*, const void*, const RowsEpilogue<T>&);    \
   template void rows_input_grad<T>(const ConvParams&, const T*, const T*, const void*, const RowsEpilogue<T>&); \
   template void rows_weight_grad<T, float>(const ConvParams&, const T*, const T*, float*);                      \
-  template void rows_weight_grad_blocks<T>(const ConvParams&, const T*, const T*, const GradTaker&);
+  template void rows_weight_grad_blocks<T>(const ConvParams&, const T*, const T*, bool, const GradTaker&);
 FASTCONV_ROWS_INSTANTIATE(float)
 FASTCONV_ROWS_INSTANTIATE(bf16)
 template void rows_weight_grad<bf16, bf16>(const ConvParams&, const bf16*, const bf16*, bf16*);

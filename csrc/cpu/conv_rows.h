@@ -45,6 +45,6 @@ void rows_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw);
 // count) in the order [k][r][s][c]. Called from several threads at once, each with filters of its own.
 using GradTaker = std::function<void(int64_t first, int64_t count, const float* grad)>;
 template <class T>
-void rows_weight_grad_blocks(const ConvParams& p, const T* dz, const T* x, const GradTaker& take);
+void rows_weight_grad_blocks(const ConvParams& p, const T* dz, const T* x, bool skip_dead, const GradTaker& take);
 
 }  // namespace fastconv::cpu

@@ -132,10 +132,12 @@ void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, 
 }
 
 // The same gradient, consumed by the optimizer at once: parameter (fp32) and its state are updated. weight may be the
-// parameter, or half, which then holds the new values in bf16.
+// parameter, or half, which then holds the new values in bf16. skip_dead: taps that read no input are left alone, which
+// is the same where neither their state nor a weight decay would move them.
 void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                                at::IntArrayRef geometry, const at::Tensor& parameter, at::TensorList state,
-                               const OptTensor& half, const at::Tensor& hyper, c10::string_view optimizer) {
+                               const OptTensor& half, const at::Tensor& hyper, c10::string_view optimizer,
+                               bool skip_dead) {
   constexpr const char* op = "fastconv_plan::conv2d_weight_grad_update";
   const ConvParams p = weight_grad_params(op, grad_output, input, weight, geometry);
   check_nhwc(op, "parameter", parameter);
@@ -144,7 +146,7 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   const bool done = by_rows(p, input, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rows_weight_grad_blocks<T>(
-        p, const_data<T>(grad_output), const_data<T>(input),
+        p, const_data<T>(grad_output), const_data<T>(input), skip_dead,
         [&](int64_t first, int64_t count, const float* grad) { update.apply(first, count, grad); });
   });
   if (!done) update.apply_all(aten_weight_grad(p, grad_output, input, weight));
@@ -223,7 +225,7 @@ TORCH_LIBRARY(fastconv_plan, m) {
       "()");
   m.def(
       "conv2d_weight_grad_update(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) "
-      "parameter, Tensor(b!)[] state, Tensor(c!)? half, Tensor hyper, str optimizer) -> ()");
+      "parameter, Tensor(b!)[] state, Tensor(c!)? half, Tensor hyper, str optimizer, bool skip_dead) -> ()");
   m.def(
       "update(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, int per, Tensor(c!)[] halves, Tensor hyper, "
       "str optimizer) -> ()");

@@ -32,6 +32,7 @@ class BackwardLowering(Lowering):
         self.grad_at: dict[Value, Any] = {}
         self.shared: set[int] = set()  # gradients that two values read: nothing may be written over them
         self.seen: set[int] = set()
+        self.skips: dict[int, tuple[Tensor, list[Tensor]]] = {}  # parameters updated in live taps only: taps, state
 
     # --- parameters ---
 

@@ -18,6 +18,16 @@ from .network import Node, Refused
 from .program import Buffer
 
 
+def live_taps(node: Node) -> Tensor:
+    """[r, s]: which taps of a convolution read the input at any output position."""
+    conv, axes = node.module, []
+    for i in (0, 1):
+        outputs = torch.arange(node.output.shape[2 + i])[None, :] * conv.stride[i] - conv.padding[i]
+        reads = outputs + torch.arange(conv.kernel_size[i])[:, None] * conv.dilation[i]
+        axes.append(((reads >= 0) & (reads < node.inputs[0].shape[2 + i])).any(1))
+    return axes[0][:, None] & axes[1][None, :]
+
+
 class TrainingLowering(BackwardLowering):
     def _conv(self, node: Node, x: Any) -> Any:
         conv, bn = node.module, node.bn
@@ -87,11 +97,20 @@ class TrainingLowering(BackwardLowering):
         elif self.updates(weight):
             state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
             half = used if id(weight) in self.halves else None
+            skip = self._skips_dead(node)
             self.build.call(
                 "fastconv_plan::conv2d_weight_grad_update",
                 [dz, x, used, shape, weight.detach(), state, half, self.optimizer.groups[index][2],
                  self.optimizer.kind],
             )  # fmt: skip
+
+    def _skips_dead(self, node: Node) -> bool:
+        """Whether the update may leave out the taps that read padding alone, and notes the state that this rests on."""
+        weight, live = node.module.weight, live_taps(node)
+        if bool(live.all()) or self.optimizer.moves_without_gradient(weight, ~live):
+            return False
+        self.skips[id(weight)] = live, self.optimizer.state[id(weight)]
+        return True
 
     def _normalise(self, node: Node, raw: Any, out: Buffer, residual: Any) -> Callable[[Any], Any]:
         """Emits out = act(bn(raw) + residual); returns what emits its backward and gives the gradient of raw."""

@@ -88,7 +88,7 @@ class InferencePlan:
             lowering.lower(node)
         # A copy: what the caller keeps must not change at the next run.
         out = build.returning("aten::clone", [lowering.at[network.output], None])
-        self.exit, self.calls = out, len(build.calls)
+        self.exit, self.labels = out, build.labels()
         self.program = build.finish()
         self.arena_bytes = build.arena_bytes
 

@@ -59,7 +59,17 @@ class PlannedOptimizer:
         for group, mine, _ in self.groups:
             for p in mine:
                 self.state[id(p)] = self._state(p, group)
-        self.momentum = [self._keeps(group) for group, _, _ in self.groups]
+        self.kinds = [self._kind_of(group) for group, _, _ in self.groups]
+
+    def _kind_of(self, group: dict[str, Any]) -> tuple[bool, bool]:
+        """What of a group's settings the calls depend on: whether there is state, and whether weights decay."""
+        return self._keeps(group), bool(group["weight_decay"])
+
+    def moves_without_gradient(self, parameter: Tensor, region: Tensor) -> bool:
+        """Whether a step changes weights whose gradient is zero: by decay, or by state left in that region (a mask)."""
+        if self.kinds[self.of[id(parameter)]][1]:
+            return True
+        return any(bool(state[..., region].any()) for state in self.state[id(parameter)])
 
     def _keeps(self, group: dict[str, Any]) -> bool:
         return self.kind == "adam" or bool(group["momentum"])
@@ -86,8 +96,8 @@ class PlannedOptimizer:
         optimizer = self.optimizer
         if len(optimizer.param_groups) != len(self.groups):
             return True
-        for (group, mine, _), now, kept in zip(self.groups, optimizer.param_groups, self.momentum, strict=True):
-            if group is not now or self._keeps(group) != kept:
+        for (group, mine, _), now, kind in zip(self.groups, optimizer.param_groups, self.kinds, strict=True):
+            if group is not now or self._kind_of(group) != kind:
                 return True
             for p in mine:
                 held = optimizer.state.get(p, {})

@@ -95,6 +95,17 @@ class Builder:
         self.call(op, arguments, [result])
         return result
 
+    def labels(self) -> list[str]:
+        """A name for each call: its operator, and the sizes of the static tensors that it takes."""
+
+        def size(value: Any) -> str:
+            return "x".join(map(str, value.shape))
+
+        return [
+            " ".join([c.op, *(size(v) for v in c.arguments if isinstance(v, (Tensor, Buffer)) and len(v.shape) == 4)])
+            for c in self.calls
+        ]
+
     def finish(self) -> Any:
         """Lays out the buffers and binds the calls: a ``torch.classes.fastconv.Program``."""
         self.arena_bytes = lay_out([b for b in self.buffers if b.first >= 0])

@@ -14,6 +14,7 @@ from .._fuse.module import FusedMixin
 from ..ops import current_backend
 from . import optim
 from .backward import SCALAR_TYPES
+from .conv_backward import live_taps
 from .network import Refused
 from .training import TrainingPlan, loss_arguments
 
@@ -31,6 +32,7 @@ class StepPlans:
         self.cache: OrderedDict[Any, TrainingPlan | str] = OrderedDict()
         self.reason = ""
         self.outline: list[Any] = []
+        self.versions: dict[int, int] = {}  # of the state that plans leave out in part, after the last step
 
     def find(self, x: Tensor, y: Tensor) -> TrainingPlan | None:
         """The plan for this call; None, with the reason noted, where it has to run as the plain loop."""
@@ -42,6 +44,16 @@ class StepPlans:
             return None
         self.reason = ""
         return plan
+
+    def run(self, plan: TrainingPlan, x: Tensor, y: Tensor) -> Tensor:
+        loss = plan.run(x, y)
+        self.versions = {id(t): t._version for _, state in plan.skips.values() for t in state}
+        return loss
+
+    def _touched(self, plan: TrainingPlan) -> bool:
+        """Whether someone else wrote to the state of taps that the plan leaves out since the last step."""
+        state = [t for _, tensors in plan.skips.values() for t in tensors]
+        return any(self.versions.get(id(t), t._version) != t._version for t in state)
 
     def _usable(self, x: Tensor) -> str:
         """Reasons that may come and go between calls."""
@@ -69,7 +81,10 @@ class StepPlans:
         fused = not step.keep_grads and not optim.refusal(step.optimizer)
         key = (tuple(x.shape), tuple(y.shape), y.dtype, fused)
         plan = self.cache.get(key)
-        stale = plan.outdated() if isinstance(plan, TrainingPlan) else plan is not None and self._changed()
+        if isinstance(plan, TrainingPlan):
+            stale = plan.outdated() or self._touched(plan)
+        else:
+            stale = plan is not None and self._changed()
         if stale:
             self.cache.clear()
             plan = None
@@ -97,7 +112,17 @@ class StepPlans:
             loss = loss_arguments(step.loss_fn)
             if dtype not in SCALAR_TYPES:
                 raise Refused(f"plans train in float32 and bfloat16, not {dtype}")
-            return TrainingPlan(step.model, loss, step.optimizer, dtype, fused, x, y)
+            plan = TrainingPlan(step.model, loss, step.optimizer, dtype, fused, x, y)
+            self._forget_narrower(plan)
+            return plan
         except Refused as error:
             self.outline = self._outline()
             return str(error)
+
+    def _forget_narrower(self, plan: TrainingPlan) -> None:
+        """Drops plans that leave out taps which this one trains."""
+        taps = {id(node.module.weight): live_taps(node) for node in plan.network.nodes if node.op == "conv"}
+        for key, other in list(self.cache.items()):
+            skips = other.skips.items() if isinstance(other, TrainingPlan) else ()
+            if any(bool((taps[p] & ~live).any()) for p, (live, _) in skips if p in taps):
+                del self.cache[key]

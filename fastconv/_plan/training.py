@@ -59,9 +59,10 @@ class TrainingPlan:
         lowering.at[network.input] = nhwc(build, entry) if x.dim() == 4 else entry
         self.loss = lowering.program(self.target, loss)
         self.program = build.finish()
-        self.arena_bytes, self.calls = build.arena_bytes, len(build.calls)
+        self.arena_bytes, self.labels = build.arena_bytes, build.labels()
         self.halves = list(lowering.halves.values())
         self.grads = list(lowering.grads.values())
+        self.skips = lowering.skips
         self.parameters = list(model.parameters())
         self.state = network.state()
         self.pointers = self._pointers()

@@ -222,7 +222,7 @@ void conv_wgrad(const WgradTask<T, D>& t) {
       const TapShift s = tap_shift(t, tap);
       if (s.p.begin < s.p.end && s.q.begin < s.q.end) {
         taps[n++] = tap;
-      } else {
+      } else if (!t.leave_dead) {
         for (int64_t i = k; i < k1; ++i)
           __builtin_memset(t.dw + (i * t.taps_r * t.taps_s + tap) * t.columns + t.c0, 0, (t.c1 - t.c0) * sizeof(D));
       }
