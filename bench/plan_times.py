@@ -49,7 +49,8 @@ def main() -> None:
         by_label[label].append(us)
         by_operator[label.split(" ")[0]].append(us)
     print(
-        f"{len(times)} calls, {sum(times) / 1e3:.2f} ms; guards {guards:.0f} us; arena {plan.arena_bytes / 2**20:.1f} MiB"
+        f"{len(times)} calls, {sum(times) / 1e3:.2f} ms; guards {guards:.0f} us; "
+        f"arena {plan.arena_bytes / 2**20:.1f} MiB"
     )
     for title, table in (("operator", by_operator), ("call, with the sizes of its static tensors", by_label)):
         print(f"\n{title}")

@@ -101,7 +101,7 @@ class TrainingLowering(BackwardLowering):
             self.build.call(
                 "fastconv_plan::conv2d_weight_grad_update",
                 [dz, x, used, shape, weight.detach(), state, half, self.optimizer.groups[index][2],
-                 self.optimizer.kind],
+                 self.optimizer.kind, skip],
             )  # fmt: skip
 
     def _skips_dead(self, node: Node) -> bool:
