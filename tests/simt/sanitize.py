@@ -4,7 +4,7 @@
     python tests/simt/sanitize.py build                                   only compiles what they need
     python tests/simt/sanitize.py tsan                                    race.cpp under ThreadSanitizer
 
---part I/N: every N-th test, from the I-th: all of them take a quarter of an hour on one core.
+--part I/N: every N-th test, from the I-th. A tenth takes 10 to 20 seconds once the libraries are built (four minutes).
 
 asan: every global access of a kernel is checked against the torch tensors it was given, every shared access against the
 block's own buffer; the sanitizer's runtime has to come first in the process, hence the preload. tsan: each GPU thread
