@@ -11,6 +11,7 @@ from . import functional, nn, tune
 from ._version import __version__
 from .explain import explain
 from .fuse import fuse, fusion_report, unfuse
+from .inference import optimize_for_inference
 from .ops import backends, use_backend
 from .train import TrainStep
 
@@ -23,6 +24,7 @@ __all__ = [
     "fuse",
     "fusion_report",
     "nn",
+    "optimize_for_inference",
     "tune",
     "unfuse",
     "use_backend",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._plan.step import StepPlans
+
 log = logging.getLogger("fastconv")
 
 _WARMUP = 3  # eager steps before a capture: they create .grad, optimizer state and library handles
@@ -22,13 +24,21 @@ class TrainStep:
     model: the module to train, on one device, stock or from :func:`fastconv.fuse`.
     loss_fn: called as ``loss_fn(model(x), y)``, returns a scalar tensor.
     optimizer: any torch.optim.Optimizer over the model's parameters. Learning-rate schedulers and
-    ``optimizer.state_dict()`` work as usual; ``p.grad`` holds the step's gradients after the call.
+    ``optimizer.state_dict()`` work as usual. Without a plan, ``p.grad`` holds the step's gradients after the call.
     autocast_dtype: None, torch.bfloat16 or torch.float16: the forward and the loss run under torch.autocast. With
     float16 the loss is scaled by a torch.amp.GradScaler (``step.scaler``); its inf check makes the optimizer wait for
     the device unless the optimizer is a fused one.
     cuda_graph: on a GPU the whole step is captured in a CUDA graph, one per input shape, and replayed. "auto" falls
     back to ordinary execution, with the reason logged, where the step cannot be captured; True raises instead; False
-    never captures. On a CPU the step is the plain loop.
+    never captures.
+    keep_grads: False lets a plan consume each weight gradient at once, inside the optimizer's step, and leaves
+    ``p.grad`` None; True leaves the step's gradients in ``p.grad``.
+
+    On a CPU, in fp32 or bf16, the step of a fused model is a **plan**, one per input shape: its forward, cross-entropy,
+    backward and SGD, Adam or AdamW as one call into C++ over static buffers. Another optimizer, or one with step hooks
+    (gradient clipping, say), steps by itself after the plan, as with keep_grads=True. What a plan cannot hold (another
+    loss, a module without a step, hooks) runs as the plain loop, and ``step.plan_reason`` says why; it is "" where the
+    plan runs. Batch size may change, as may learning rate, weights (load_state_dict) and layers between steps.
 
     ``step(x, y)`` takes tensors on the model's device and returns the loss, detached, without a host sync: read it with
     ``.item()`` as seldom as you can. Every call trains on its own batch; capture and warm-up repeat none.
@@ -52,6 +62,7 @@ class TrainStep:
         *,
         autocast_dtype: torch.dtype | None = None,
         cuda_graph: bool | str = "auto",
+        keep_grads: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"TrainStep: model expected torch.nn.Module, got {type(model).__name__}")
@@ -74,6 +85,8 @@ class TrainStep:
             raise RuntimeError(f"TrainStep: cuda_graph=True expected a model on a CUDA device, got {self.device}")
         self.autocast_dtype = autocast_dtype
         self.scaler = torch.amp.GradScaler(self.device.type) if autocast_dtype is torch.float16 else None
+        self.keep_grads = keep_grads
+        self._plans: StepPlans | None = StepPlans(self) if self.device.type == "cpu" else None
         self._graphs: _StepGraphs | None = None
         if self.device.type == "cuda" and cuda_graph is not False:
             self._graphs = _StepGraphs(self, required=cuda_graph is True)
@@ -89,7 +102,15 @@ class TrainStep:
                 raise TypeError(f"TrainStep: {name} expected Tensor, got {type(value).__name__}")
             if value.device != self.device:
                 raise RuntimeError(f"TrainStep: {name} expected on {self.device} like the model, got {value.device}")
+        if self._plans is not None:
+            plan = self._plans.find(x, y)
+            return self.eager(x, y) if plan is None else plan.run(x, y)
         return self.eager(x, y) if self._graphs is None else self._graphs(x, y)
+
+    @property
+    def plan_reason(self) -> str:
+        """Why the last step ran without a plan; "" if it ran with one."""
+        return f"plans run on a CPU, the model is on {self.device}" if self._plans is None else self._plans.reason
 
     def eager(self, x: Tensor, y: Tensor) -> Tensor:
         """The same step without a graph."""

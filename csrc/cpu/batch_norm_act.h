@@ -17,6 +17,14 @@ struct BatchNormStats {
 BatchNormStats batch_norm_forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& out,
                                   const BatchNormArgs& args, Act act);
 
+// Gradients of act(batch_norm(x) + residual): into dx and dresidual, where they are defined. y, or residual, is what
+// the activation's derivative comes from. Returns [2][C]: the sums of dy and of dy * (x - mean). All NHWC; dresidual
+// may be g, and so may dx where dresidual is undefined.
+at::Tensor batch_norm_backward(const at::Tensor& g, const at::Tensor& x, const at::Tensor& y,
+                               const at::Tensor& residual, const OptTensor& weight, const OptTensor& bias,
+                               const at::Tensor& mean, const at::Tensor& invstd, bool training, Act act,
+                               const at::Tensor& dx, const at::Tensor& dresidual, bool weight_or_bias);
+
 // Fresh mean and invstd from the running statistics.
 BatchNormStats eval_stats(const at::Tensor& like, int64_t channels, const BatchNormArgs& args);
 

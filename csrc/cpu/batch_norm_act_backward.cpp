@@ -97,6 +97,36 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
   }
 }
 
+}  // namespace
+
+at::Tensor batch_norm_backward(const at::Tensor& g, const at::Tensor& x, const at::Tensor& y,
+                               const at::Tensor& residual, const OptTensor& weight, const OptTensor& bias,
+                               const at::Tensor& mean, const at::Tensor& invstd, bool training, Act act,
+                               const at::Tensor& dx, const at::Tensor& dresidual, bool weight_or_bias) {
+  const int64_t channels = x.size(1);
+  const at::Tensor scale = channel_vector(weight, x, channels, 1.0).mul(invstd);
+  const at::Tensor shift = channel_vector(bias, x, channels, 0.0);
+  const at::Tensor sums = at::zeros({2, channels}, acc_options(x));
+  if (x.numel() == 0) return sums;
+  dispatch_float("batch_norm_act_backward", x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const BatchNormGrad<T> p{const_data<T>(g),
+                             const_data<T>(x),
+                             const_data<T>(y),
+                             const_data<T>(residual),
+                             const_data<A>(mean),
+                             const_data<A>(scale),
+                             const_data<A>(shift),
+                             channels,
+                             act};
+    backward<T>(p, x.numel() / channels, {data<T>(dx), data<T>(dresidual), training, weight_or_bias}, sums, invstd);
+  });
+  return sums;
+}
+
+namespace {
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptTensor& output, const OptTensor& residual,
     const OptTensor& weight, const OptTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool training,
@@ -106,7 +136,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
   const BatchNormSaved saved = check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean,
                                                          invstd, activation, output_mask);
   const Act act = saved.act;
-  const int64_t channels = input.size(1);
   const bool recompute = saved.recompute, from_output = saved.from_output;
 
   const at::MemoryFormat format = input.suggest_memory_format();
@@ -115,23 +144,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
   const at::Tensor res = recompute && given(residual) ? nhwc(*residual) : at::Tensor();
   // Several of them may be asked for: each is a tensor of its own, results must not alias.
   const auto none = [&] { return no_tensor(input.options()); };
-  const at::Tensor dx = output_mask[0] ? empty_nhwc(input.sizes(), input.options(), format) : none();
-  const at::Tensor dres = output_mask[1] ? empty_nhwc(input.sizes(), input.options(), format) : none();
-  const at::Tensor inv = invstd.contiguous(), mu = mean.contiguous();
-  const at::Tensor scale = channel_vector(weight, input, channels, 1.0).mul(inv);
-  const at::Tensor shift = channel_vector(bias, input, channels, 0.0);
-  const at::Tensor sums = at::zeros({2, channels}, acc_options(input));
-  if (input.numel() > 0) {
-    dispatch_float(op, input.scalar_type(), [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      using A = acc_t<T>;
-      const BatchNormGrad<T> p{const_data<T>(g),     const_data<T>(x),  const_data<T>(y),
-                               const_data<T>(res),   const_data<A>(mu), const_data<A>(scale),
-                               const_data<A>(shift), channels,          act};
-      backward<T>(p, input.numel() / channels, {data<T>(dx), data<T>(dres), training, output_mask[2] || output_mask[3]},
-                  sums, inv);
-    });
-  }
+  const at::Tensor dx = output_mask[0] ? empty_nhwc(input.sizes(), input.options(), format) : at::Tensor();
+  const at::Tensor dres = output_mask[1] ? empty_nhwc(input.sizes(), input.options(), format) : at::Tensor();
+  const at::Tensor inv = invstd.contiguous();
+  const at::Tensor sums = batch_norm_backward(g, x, y, res, weight, bias, mean.contiguous(), inv, training, act, dx,
+                                              dres, output_mask[2] || output_mask[3]);
   const at::ScalarType weight_type = given(weight) ? weight->scalar_type() : acc_type(input.scalar_type());
   // dweight = sum dy * xhat, and xhat = (x - mean) * invstd
   const at::Tensor dweight = output_mask[2] ? sums[1].mul(inv).to(weight_type) : none();

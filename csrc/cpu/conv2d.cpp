@@ -5,6 +5,7 @@
 
 #include "conv2d.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/zeros_like.h>
@@ -19,10 +20,8 @@ namespace {
 // The engine's types are fp32 and bf16; `run` is called with a tag of the type.
 template <class F>
 bool run_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass, const F& run) {
-  const at::ScalarType type = x.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16) return false;
-  if (!rows_worthwhile(p, x.element_size(), pass)) return false;
-  if (type == at::kFloat) {
+  if (!conv_uses_rows(p, x, pass)) return false;
+  if (x.scalar_type() == at::kFloat) {
     run(TypeTag<float>{});
   } else {
     run(TypeTag<bf16>{});
@@ -133,16 +132,40 @@ std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::
 
 }  // namespace
 
+bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
+  const at::ScalarType type = x.scalar_type();
+  return (type == at::kFloat || type == at::kBFloat16) && rows_worthwhile(p, x.element_size(), pass);
+}
+
+void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
+                     const at::Tensor& addend, const at::Tensor& grad_input) {
+  const bool done = run_rows(p, grad_input, ConvPass::input_grad, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    rows_input_grad<T>(p, const_data<T>(grad_output), const_data<T>(weight), nullptr,
+                       {data<T>(grad_input), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr});
+  });
+  if (done) return;
+  auto [dx, dw] = aten_backward(p, grad_output, grad_input, weight, {true, false});
+  if (addend.defined()) {
+    at::add_out(const_cast<at::Tensor&>(grad_input), dx, addend);
+  } else {
+    grad_input.copy_(dx);
+  }
+}
+
 at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::Tensor& weight,
                         const ConvEpilogue& epilogue, at::MemoryFormat format) {
-  if (p.n == 0) return empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
+  const auto made = [&] {
+    return epilogue.out.defined() ? epilogue.out : empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
+  };
+  if (p.n == 0) return made();
   const at::Tensor x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor out;
   const bool done = run_rows(p, x, ConvPass::forward, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const ConvEpilogue& e = epilogue;
-    out = empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
-    rows_forward<T>(p, const_data<T>(x), const_data<T>(w), nullptr,
+    out = made();
+    rows_forward<T>(p, const_data<T>(x), const_data<T>(w), e.packed,
                     {data<T>(out), data<T>(e.pre), const_data<T>(e.residual), const_data<float>(e.scale),
                      const_data<float>(e.shift), e.act, const_data<float>(e.mean)});
   });
@@ -156,12 +179,15 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
     rest.shift = at::Tensor();
   }
   out = aten_forward(p, x, w, bias);
-  if (!rest.empty()) {
+  const at::Tensor to = rest.out.defined() ? rest.out : out;
+  if (rest.empty()) {
+    if (!to.is_same(out)) to.copy_(out);
+  } else {
     const auto vec = [&](const at::Tensor& t, double fill) { return channel_vector(t, out, p.k, fill); };
-    channel_affine(out, out, rest.pre, rest.residual, vec(rest.mean, 0), vec(rest.scale, 1), vec(rest.shift, 0),
+    channel_affine(out, to, rest.pre, rest.residual, vec(rest.mean, 0), vec(rest.scale, 1), vec(rest.shift, 0),
                    rest.act);
   }
-  return out;
+  return to;
 }
 
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,

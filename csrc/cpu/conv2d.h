@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../host/conv2d_check.h"
+#include "conv_rows.h"
 #include "host.h"
 
 namespace fastconv::cpu {
@@ -14,6 +15,8 @@ namespace fastconv::cpu {
 struct ConvEpilogue {
   at::Tensor mean, scale, shift, residual, pre;
   Act act = Act::identity;
+  at::Tensor out;                // where the result goes, dense NHWC; undefined: a new tensor
+  const void* packed = nullptr;  // the weights as conv_rows.h packs them, or null
 
   bool empty() const {
     return !mean.defined() && !scale.defined() && !shift.defined() && !residual.defined() && !pre.defined() &&
@@ -25,6 +28,14 @@ struct ConvEpilogue {
 // the same bytes.
 at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::Tensor& weight,
                         const ConvEpilogue& epilogue, at::MemoryFormat format);
+
+// grad_input = the convolution's input gradient + addend (undefined: nothing; or grad_input itself). Dense NHWC
+// tensors.
+void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
+                     const at::Tensor& addend, const at::Tensor& grad_input);
+
+// Whether the engine of conv_rows.h computes this pass; it alone takes packed weights and hands gradients on in blocks.
+bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass);
 
 // Gradients in the layouts of input and weight; undefined where not asked for.
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,

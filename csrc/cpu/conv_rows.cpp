@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <tuple>
 
 #include "conv_rows_host.h"
 #include "isa.h"
@@ -37,6 +40,7 @@ constexpr int64_t kRowCache = 256 << 10;    // a quarter for the rows that meet 
 constexpr int64_t kTableEntries = 4096;     // 32 KB of row pointers
 constexpr int64_t kMaxTilesAtOnce = 32;     // kMaxTiles of conv_rows()
 constexpr int64_t kTapSums = 1 << 20;       // the part of dw that several taps at once may add to
+constexpr int64_t kUpdateBytes = 1 << 20;   // of a weight gradient that is consumed at once: half of a 2 MB L2
 constexpr int64_t kInPlaceTiles = 32;       // data gradient, fp32: up to here weights are used where they lie
 constexpr int64_t kInPlaceUnits =
     512;  // and so many units of a tap: more rows of 4 KB stride fall out of L2 between tiles
@@ -78,6 +82,25 @@ void make_plan(const ConvParams& full, bool transposed, RowsShape shape, RowsPla
   }
 }
 
+// Plans are kept per thread, by geometry: making one costs microseconds, as much as a small convolution.
+constexpr size_t kKeptPlans = 1024;  // several networks' worth; then all are dropped
+
+template <class T>
+std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transposed, RowsShape shape) {
+  using Key = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                         int64_t, int64_t, int64_t, int64_t, int64_t>;
+  thread_local std::map<Key, std::shared_ptr<const RowsPlanData>> plans;
+  const Key key{transposed, p.n, p.h,        p.w,        p.c,     p.k,     p.r,     p.s,
+                p.p,        p.q, p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w};
+  auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  auto made = std::make_shared<RowsPlanData>();
+  make_plan<T>(p, transposed, shape, *made);
+  if (plans.size() >= kKeptPlans) plans.clear();
+  plans.emplace(key, made);
+  return made;
+}
+
 // In place where packing costs more than it saves. Measured on ResNet50's shapes at batch 1 and 4, in place : packed,
 // us, one core: forward fp32 2048 -> 512 on 1x1 38 : 134 (1 row), 61 : 154 (4 rows); 1024 -> 256 on 2x2 45 : 59 (16
 // rows), 512 -> 128 on 4x4 42 : 40 (64 rows), 2048 -> 512 on 1x1 718 : 580 (64 rows); data gradient fp32 512 -> 2048 on
@@ -102,8 +125,8 @@ template <class T>
 void run_rows(const ConvParams& p, bool transposed, const T* input, const T* weight, const void* packed,
               const RowsEpilogue<T>& e) {
   const RowsShape shape = tile_shape();
-  RowsPlanData d;
-  make_plan<T>(p, transposed, shape, d);
+  const std::shared_ptr<const RowsPlanData> kept = kept_plan<T>(p, transposed, shape);
+  const RowsPlanData& d = *kept;
   const int64_t channels = transposed ? p.k : p.c;
   if (d.plan.gather_r > 0)
     input = pad_input(p, input);
@@ -210,8 +233,8 @@ template <class T>
 void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed) {
   const RowsShape shape = tile_shape();
   const bool transposed = pass == ConvPass::input_grad;
-  RowsPlanData d;
-  make_plan<T>(p, transposed, shape, d);
+  const std::shared_ptr<const RowsPlanData> kept = kept_plan<T>(p, transposed, shape);
+  const RowsPlanData& d = *kept;
   const auto kernel = FASTCONV_ROWS_PICK(pack_panels<T>);
   const int64_t panels = (d.plan.columns + shape.columns - 1) / shape.columns;
   at::parallel_for(0, panels, std::max<int64_t>(1, (64 << 10) / d.plan.panel_bytes),
@@ -244,11 +267,9 @@ WgradGrid choose_wgrad_grid(int64_t k, int64_t c, int64_t taps, int64_t threads,
   return best;
 }
 
-}  // namespace
-
+// The task that all parts share; `p` becomes the convolution as the kernel sees it.
 template <class T, class D>
-void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
-  ConvParams p = full;
+WgradTask<T, D> wgrad_task(ConvParams& p, const T* dz, const T* x) {
   WgradTask<T, D> t{};
   t.k = p.k;
   t.columns = t.pixel = p.c;
@@ -264,22 +285,61 @@ void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
     t.gather_row = gather_row_bytes(t.columns) / 4;
     p.h = hp, p.w = wp, p.r = p.s = 1, p.pad_h = p.pad_w = 0;
   }
-  t.dz = dz, t.x = x, t.dw = dw;
+  t.dz = dz, t.x = x;
   t.n = p.n, t.p = p.p, t.q = p.q;
   t.h_size = p.h, t.w_size = p.w;
   t.taps_r = p.r, t.taps_s = p.s;
   t.stride_h = p.stride_h, t.stride_w = p.stride_w;
   t.pad_h = p.pad_h, t.pad_w = p.pad_w;
   t.dil_h = p.dil_h, t.dil_w = p.dil_w;
+  return t;
+}
+
+// Runs the part [k0, k1) x [c0, c1) x [tap_begin, tap_end) of m. With m.dw null the gradient goes to the thread's own
+// workspace, `extra` bytes of it, element (k0, 0, 0) first; its address is returned.
+template <class T, class D>
+D* run_wgrad(const ConvParams& p, WgradTask<T, D> m, int64_t extra = 0) {
+  const int64_t a = kWgradRowBytes, b = kWgradColumnBytes;
+  const int64_t per_tap = std::min(kWgradK, m.k1 - m.k0) * (m.c1 - m.c0) * 4;
+  const bool streams =
+      p.n * p.p * p.q * (p.k + p.c) * static_cast<int64_t>(sizeof(T)) > kPanelCache;  // else dz and x stay in L2
+  m.taps_at_once = streams ? std::clamp<int64_t>(kTapSums / std::max<int64_t>(per_tap, 1), 1, kWgradTaps) : 1;
+  m.taps_at_once = std::clamp<int64_t>(m.tap_end - m.tap_begin, 1, m.taps_at_once);
+  const int64_t sum = sizeof(D) < 4 ? round64(m.taps_at_once * per_tap) : 0;
+  const int64_t chunk = kWgradUnits * (4 / static_cast<int64_t>(sizeof(T)));
+  const int64_t rows = round64(2 * chunk * static_cast<int64_t>(sizeof(T*)));
+  const int64_t gathered = m.gather_r > 0 ? round64(chunk * m.gather_row * static_cast<int64_t>(sizeof(T)) + 64) : 0;
+  char* space = workspace<0>(a + b + sum + rows + gathered + extra);
+  m.a = space;
+  m.b = space + a;
+  m.sum = reinterpret_cast<float*>(space + a + b);
+  m.rows = reinterpret_cast<const T**>(space + a + b + sum);
+  m.gathered = reinterpret_cast<T*>(space + a + b + sum + rows);
+  D* out = reinterpret_cast<D*>(space + a + b + sum + rows + gathered);
+  if (m.dw == nullptr) m.dw = out - m.k0 * m.taps_r * m.taps_s * m.columns;
+  FASTCONV_ROWS_PICK(conv_wgrad<T, D>)(m);
+  return out;
+}
+
+int64_t cut(int64_t size, int64_t block, int64_t part, int64_t parts) {
+  return std::min(size, (size + block - 1) / block * part / parts * block);
+}
+
+int64_t wgrad_threads(const ConvParams& p, int64_t columns) {
+  const double work = static_cast<double>(p.n * p.p * p.q) * p.k * columns * p.r * p.s;
+  return work < kSerialWork ? 1 : at::get_num_threads();
+}
+
+}  // namespace
+
+template <class T, class D>
+void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
+  ConvParams p = full;
+  WgradTask<T, D> t = wgrad_task<T, D>(p, dz, x);
+  t.dw = dw;
   const RowsShape shape = tile_shape();
   const int64_t taps = p.r * p.s;
-  const double work = static_cast<double>(p.n * p.p * p.q) * p.k * t.columns * taps;
-  const WgradGrid grid =
-      choose_wgrad_grid(p.k, t.columns, taps, work < kSerialWork ? 1 : at::get_num_threads(), shape, sizeof(T));
-  const auto kernel = FASTCONV_ROWS_PICK(conv_wgrad<T, D>);
-  auto cut = [](int64_t size, int64_t block, int64_t part, int64_t parts) {
-    return std::min(size, (size + block - 1) / block * part / parts * block);
-  };
+  const WgradGrid grid = choose_wgrad_grid(p.k, t.columns, taps, wgrad_threads(p, t.columns), shape, sizeof(T));
   at::parallel_for(0, grid.k_parts * grid.c_parts * grid.tap_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       WgradTask<T, D> m = t;
@@ -291,23 +351,29 @@ void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
       m.c1 = cut(t.columns, shape.columns, c + 1, grid.c_parts);
       m.tap_begin = taps * tap / grid.tap_parts;
       m.tap_end = taps * (tap + 1) / grid.tap_parts;
-      const int64_t a = kWgradRowBytes, b = kWgradColumnBytes;
-      const int64_t per_tap = std::min(kWgradK, m.k1 - m.k0) * (m.c1 - m.c0) * 4;
-      const bool streams =
-          p.n * p.p * p.q * (p.k + p.c) * static_cast<int64_t>(sizeof(T)) > kPanelCache;  // else dz and x stay in L2
-      m.taps_at_once = streams ? std::clamp<int64_t>(kTapSums / std::max<int64_t>(per_tap, 1), 1, kWgradTaps) : 1;
-      m.taps_at_once = std::clamp<int64_t>(m.tap_end - m.tap_begin, 1, m.taps_at_once);
-      const int64_t sum = sizeof(D) < 4 ? round64(m.taps_at_once * per_tap) : 0;
-      const int64_t chunk = kWgradUnits * (4 / static_cast<int64_t>(sizeof(T)));
-      const int64_t rows = 2 * chunk * static_cast<int64_t>(sizeof(T*));
-      const int64_t gathered = m.gather_r > 0 ? chunk * t.gather_row * static_cast<int64_t>(sizeof(T)) + 64 : 0;
-      char* space = workspace<0>(a + b + sum + rows + gathered);
-      m.a = space;
-      m.b = space + a;
-      m.sum = reinterpret_cast<float*>(space + a + b);
-      m.rows = reinterpret_cast<const T**>(space + a + b + sum);
-      m.gathered = reinterpret_cast<T*>(space + a + b + sum + rows);
-      kernel(m);
+      run_wgrad(p, m);
+    }
+  });
+}
+
+template <class T>
+void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, const GradTaker& take) {
+  ConvParams p = full;
+  WgradTask<T, float> t = wgrad_task<T, float>(p, dz, x);
+  const RowsShape shape = tile_shape();
+  const int64_t filter = p.r * p.s * t.columns;  // elements
+  t.c1 = t.columns;
+  t.tap_end = p.r * p.s;
+  const int64_t parts = std::min(wgrad_threads(p, t.columns), (p.k + shape.rows - 1) / shape.rows);
+  const int64_t block = std::max<int64_t>(shape.rows, kUpdateBytes / (filter * 4) / shape.rows * shape.rows);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = cut(p.k, shape.rows, end, parts);
+    for (int64_t k = cut(p.k, shape.rows, begin, parts); k < last; k += block) {
+      WgradTask<T, float> m = t;
+      m.k0 = k;
+      m.k1 = std::min(last, k + block);
+      const float* grad = run_wgrad(p, m, (m.k1 - m.k0) * filter * 4);
+      take(m.k0 * filter, (m.k1 - m.k0) * filter, grad);
     }
   });
 }
@@ -316,7 +382,8 @@ void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
   template void rows_pack<T>(const ConvParams&, const T*, ConvPass, void*);                                     \
   template void rows_forward<T>(const ConvParams&, const T*, const T*, const void*, const RowsEpilogue<T>&);    \
   template void rows_input_grad<T>(const ConvParams&, const T*, const T*, const void*, const RowsEpilogue<T>&); \
-  template void rows_weight_grad<T, float>(const ConvParams&, const T*, const T*, float*);
+  template void rows_weight_grad<T, float>(const ConvParams&, const T*, const T*, float*);                      \
+  template void rows_weight_grad_blocks<T>(const ConvParams&, const T*, const T*, const GradTaker&);
 FASTCONV_ROWS_INSTANTIATE(float)
 FASTCONV_ROWS_INSTANTIATE(bf16)
 template void rows_weight_grad<bf16, bf16>(const ConvParams&, const bf16*, const bf16*, bf16*);

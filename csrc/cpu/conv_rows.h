@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "kernels/conv_rows_types.h"
 
@@ -39,5 +40,11 @@ void rows_input_grad(const ConvParams& p, const T* dz, const T* weight, const vo
 // dw[k,r,s,c] (D: T, or float), every element written; exactly zero for taps that read no input.
 template <class T, class D>
 void rows_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw);
+
+// The weight gradient in blocks of whole filters, each handed on while it lies in cache: elements [first, first +
+// count) in the order [k][r][s][c]. Called from several threads at once, each with filters of its own.
+using GradTaker = std::function<void(int64_t first, int64_t count, const float* grad)>;
+template <class T>
+void rows_weight_grad_blocks(const ConvParams& p, const T* dz, const T* x, const GradTaker& take);
 
 }  // namespace fastconv::cpu

@@ -51,4 +51,13 @@ struct CrossEntropyArgs {
   A weight_sum;
 };
 
+// Hyper-parameters of one optimizer step (kernels/optimizer.h).
+struct SgdStep {
+  float lr, momentum, decay;
+  bool nesterov;
+};
+struct AdamStep {
+  float rate, gain1, beta2, gain2, root, eps, keep, l2;
+};
+
 }  // namespace fastconv::cpu

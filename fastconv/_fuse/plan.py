@@ -58,6 +58,7 @@ class Plan:
 
     names: list[str] = field(default_factory=list)
     functions: dict[tuple[str, bool], Callable[..., Any]] = field(default_factory=dict)
+    graphs: dict[tuple[str, bool], fx.Graph] = field(default_factory=dict)  # what ``functions`` were compiled from
     sources: tuple[Any, ...] = ()
     probed: frozenset[int] = frozenset()
     watch: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -150,12 +151,15 @@ class Planner:
             rewriter = Rewriter(self.analysis, module, graph, flow, matches, kind)
             rewritten |= rewriter.run(self.nhwc, self.planned)
             plan.views |= any(n.op == "call_method" and n.target in ("view", "view_as") for n in graph.nodes)
+            plan.graphs[kind, training] = rewriter.graph
             code = rewriter.graph.python_code("self")
             key = (code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items())))
             compiled[kind, training] = (key, code)
             sources.append((kind, training, code.src))
         plan.sources = tuple(sources)
-        if rewritten:
+        if not rewritten:
+            plan.graphs.clear()
+        else:
             plan.functions = {k: self._compile(module, *v) for k, v in compiled.items()}
             self._watch(plan, module, traces.graphs)
             self.planned.add(id(module))

@@ -1,0 +1,146 @@
+// torch.classes.fastconv.Program: a list of operator calls that one call runs.
+//
+// Each call is an operator of PyTorch's registry with its arguments bound: tensors that stay the same (weights, static
+// buffers), plain values, and slots, which hold what earlier calls returned or what the caller put in. Running it costs
+// a copy of the arguments and the operator's own boxed call, under a microsecond: that is what Python, autograd and the
+// allocation of every result cost otherwise.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+
+#include "host/tensor.h"
+
+namespace fastconv {
+namespace {
+
+class Program : public torch::CustomClassHolder {
+ public:
+  explicit Program(int64_t slots) : slots_(check_slots(slots)) {}
+
+  // Appends a call. arguments: one for each of the schema's. inputs: triples (argument, element, slot): that argument,
+  // or that element of a list of tensors (-1: the argument is no list), is taken from the slot at every run. results:
+  // the slots of what the call returns (-1: dropped), or none.
+  void call(const std::string& name, const std::string& overload, const c10::List<c10::IValue>& arguments,
+            const std::vector<int64_t>& inputs, const std::vector<int64_t>& results) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+    const size_t wanted = op.schema().arguments().size();
+    TORCH_CHECK(arguments.size() == wanted, "Program: ", name, " expected ", wanted, " arguments, got ",
+                arguments.size());
+    TORCH_CHECK(results.empty() || results.size() == op.schema().returns().size(), "Program: results of ", name,
+                " expected ", op.schema().returns().size(), " entries, got ", results.size());
+    TORCH_CHECK(inputs.size() % 3 == 0, "Program: inputs expected triples, got ", inputs.size(), " integers");
+    Call c{op, {}, {}, results};
+    for (size_t i = 0; i < wanted; ++i) {
+      const c10::IValue v = arguments.get(i);
+      // An empty list of Python has no element type: it comes as None.
+      const bool empty = v.isNone() && op.schema().arguments()[i].type()->isSubtypeOf(*c10::ListType::ofTensors());
+      c.arguments.push_back(empty ? c10::IValue(c10::List<at::Tensor>()) : v);
+    }
+    for (size_t i = 0; i < inputs.size(); i += 3) {
+      const int64_t argument = inputs[i], element = inputs[i + 1];
+      TORCH_CHECK_INDEX(argument >= 0 && argument < static_cast<int64_t>(wanted),
+                        "Program: inputs expected arguments below ", wanted, ", got ", argument);
+      if (element >= 0) {
+        TORCH_CHECK(c.arguments[argument].isTensorList(), "Program: argument ", argument, " of ", name,
+                    " expected a list of tensors");
+        const size_t size = c.arguments[argument].toTensorList().size();
+        TORCH_CHECK_INDEX(element < static_cast<int64_t>(size), "Program: inputs expected elements below ", size,
+                          ", got ", element);
+      }
+      c.inputs.push_back({argument, element, at(inputs[i + 2])});
+    }
+    for (const int64_t r : results) {
+      if (r >= 0) at(r);
+    }
+    calls_.push_back(std::move(c));
+  }
+
+  void put(int64_t slot, const at::Tensor& value) { slots_[at(slot)] = value; }
+  at::Tensor get(int64_t slot) const { return slots_[at(slot)].toTensor(); }
+  int64_t size() const { return static_cast<int64_t>(calls_.size()); }
+
+  void run() {
+    run_calls([](size_t) {});
+  }
+
+  // Runs it `runs` times; microseconds of each call, the least of all runs.
+  std::vector<double> times(int64_t runs) {
+    using Clock = std::chrono::steady_clock;
+    std::vector<double> least(calls_.size(), std::numeric_limits<double>::infinity());
+    for (int64_t i = 0; i < runs; ++i) {
+      Clock::time_point before = Clock::now();
+      run_calls([&](size_t call) {
+        const Clock::time_point now = Clock::now();
+        least[call] = std::min(least[call], std::chrono::duration<double, std::micro>(now - before).count());
+        before = now;
+      });
+    }
+    return least;
+  }
+
+ private:
+  template <class After>
+  void run_calls(const After& after) {
+    const PlainDispatch guard;
+    torch::jit::Stack stack;
+    for (size_t call = 0; call < calls_.size(); ++call) {
+      const Call& c = calls_[call];
+      stack.assign(c.arguments.begin(), c.arguments.end());
+      for (const Input& in : c.inputs) {
+        if (in.element < 0) {
+          stack[in.argument] = slots_[in.slot];
+        } else {  // the list is this call's own: it is overwritten at every run
+          stack[in.argument].toTensorList().set(in.element, slots_[in.slot].toTensor());
+        }
+      }
+      c.op.callBoxed(stack);
+      for (size_t i = 0; i < c.results.size(); ++i) {
+        if (c.results[i] >= 0) slots_[c.results[i]] = std::move(stack[i]);
+      }
+      after(call);
+    }
+  }
+
+  struct Input {
+    int64_t argument, element, slot;
+  };
+  struct Call {
+    c10::OperatorHandle op;
+    std::vector<c10::IValue> arguments;
+    std::vector<Input> inputs;
+    std::vector<int64_t> results;
+  };
+
+  static size_t check_slots(int64_t slots) {
+    TORCH_CHECK_VALUE(slots >= 0, "Program: slots expected at least 0, got ", slots);
+    return static_cast<size_t>(slots);
+  }
+  int64_t at(int64_t slot) const {
+    TORCH_CHECK_INDEX(slot >= 0 && slot < static_cast<int64_t>(slots_.size()), "Program: slot expected below ",
+                      slots_.size(), ", got ", slot);
+    return slot;
+  }
+
+  std::vector<c10::IValue> slots_;
+  std::vector<Call> calls_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastconv, m) {
+  m.class_<Program>("Program")
+      .def(torch::init<int64_t>())
+      .def("call", &Program::call)
+      .def("put", &Program::put)
+      .def("get", &Program::get)
+      .def("size", &Program::size)
+      .def("run", &Program::run)
+      .def("times", &Program::times);
+}
+
+}  // namespace fastconv

@@ -1,0 +1,140 @@
+"""Convolution and batch norm in a training plan.
+
+A convolution's weight gradient is consumed by the optimizer while it lies in cache, after the data gradient has read
+the old weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backward import SAVES_OUTPUT, BackwardLowering
+from .forward import geometry
+from .network import Node, Refused
+from .program import Buffer
+
+
+class TrainingLowering(BackwardLowering):
+    def _conv(self, node: Node, x: Any) -> Any:
+        conv, bn = node.module, node.bn
+        if not conv.weight.is_contiguous(memory_format=torch.channels_last):
+            hint = "model.to(memory_format=torch.channels_last) makes it so"
+            raise Refused(f"a convolution's weight is not channels_last: {hint}")
+        weight, bias = self.half(conv.weight), conv.bias
+        out = self.own(node.output)
+        residual = self.residual(node)
+        shift = None if bias is None else bias.detach()
+        common = [x, weight, None, None, None, shift]
+        if bn is None:
+            preact = None if node.act in SAVES_OUTPUT or node.act == "identity" else self.own(node.output)
+            self.build.call("fastconv_plan::conv2d", [*common, residual, geometry(node), node.act, preact, out])
+
+            def backward(grad: Any) -> None:
+                self._act_bias(node, grad, out if preact is None else preact, x, bias)
+        else:
+            raw = self.own(node.output)
+            self.build.call("fastconv_plan::conv2d", [*common, None, geometry(node), "identity", None, raw])
+            finish = self._normalise(node, raw, out, residual)
+
+            def backward(grad: Any) -> None:
+                dz = finish(grad)
+                if bias is not None and bias.requires_grad:
+                    bias_grad = self.build.slot()
+                    self.build.call(
+                        "fastconv::act_bias_backward", [dz, None, "identity", [False, True]], [None, bias_grad]
+                    )
+                    self.gradient(bias, bias_grad)
+                self._conv_backward(node, dz, x)
+
+        self.tape.append((node, backward))
+        return out
+
+    def _act_bias(self, node: Node, grad: Any, saved: Any, x: Any, bias: Tensor | None) -> None:
+        dz, bias_grad = grad, self.build.slot()
+        identity = node.act == "identity"
+        wants_bias = bias is not None and bias.requires_grad
+        if not identity:
+            dz = self.build.slot()
+        if not identity or wants_bias:
+            self.build.call(
+                "fastconv::act_bias_backward",
+                [grad, None if identity else saved, node.act, [not identity, wants_bias]],
+                [None if identity else dz, bias_grad],
+            )
+        if wants_bias:
+            self.gradient(bias, bias_grad)
+        if self.wants(node.residual):
+            self.give(node.residual, self.share(dz))
+        self._conv_backward(node, dz, x)
+
+    def _conv_backward(self, node: Node, dz: Any, x: Any) -> None:
+        value, weight, shape = node.inputs[0], node.module.weight, geometry(node)
+        used = self.half(weight)
+        if self.wants(value):
+            before = self.grad_at.get(value)
+            own = isinstance(before, Buffer) and id(before) not in self.shared
+            into = before if own else self.own(value)
+            self.build.call("fastconv_plan::conv2d_input_grad", [dz, used, before, shape, into])
+            self.grad_at[value] = into
+        if not weight.requires_grad:
+            return
+        if self.optimizer is None:
+            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, self.kept(weight)])
+        elif self.updates(weight):
+            state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
+            half = used if id(weight) in self.halves else None
+            self.build.call(
+                "fastconv_plan::conv2d_weight_grad_update",
+                [dz, x, used, shape, weight.detach(), state, half, self.optimizer.groups[index][2],
+                 self.optimizer.kind],
+            )  # fmt: skip
+
+    def _normalise(self, node: Node, raw: Any, out: Buffer, residual: Any) -> Callable[[Any], Any]:
+        """Emits out = act(bn(raw) + residual); returns what emits its backward and gives the gradient of raw."""
+        bn, build = node.bn, self.build
+        track = bn.track_running_stats and bn.running_mean is not None
+        running = (bn.running_mean, bn.running_var, bn.num_batches_tracked) if track else (None, None, None)
+        weight, bias = (None if v is None else v.detach() for v in (bn.weight, bn.bias))
+        mean, invstd = build.slot(), build.slot()
+        momentum = bn.momentum if bn.momentum is None or track else 0.0
+        build.call(
+            "fastconv_plan::batch_norm",
+            [raw, residual, weight, bias, *running, momentum, bn.eps, node.act, out], [mean, invstd],
+        )  # fmt: skip
+        from_output = node.act in SAVES_OUTPUT
+        recompute = not from_output and node.act != "identity"
+
+        def backward(grad: Any) -> Any:
+            dz, dweight, dbias = self.own(node.output), build.slot(), build.slot()
+            dres = None
+            if self.wants(node.residual) and node.act == "identity":
+                self.give(node.residual, self.share(grad))  # the sum hands its gradient on as it is
+            elif self.wants(node.residual):
+                # In place of the gradient that it comes from, where nothing else reads that; a 16-bit gradient through
+                # another activation is read once more.
+                plain = self.dtype is torch.float32 or node.act == "relu"
+                own = plain and isinstance(grad, Buffer) and id(grad) not in self.shared
+                dres = grad if own else self.own(node.output)
+            build.call(
+                "fastconv_plan::batch_norm_backward",
+                [grad, raw, out if from_output else None, residual if recompute else None, weight, bias, mean, invstd,
+                 node.act, dz, dres],
+                [dweight, dbias],
+            )  # fmt: skip
+            self.gradient(bn.weight, dweight)
+            self.gradient(bn.bias, dbias)
+            if dres is not None:
+                self.give(node.residual, dres)
+            return dz
+
+        return backward
+
+    def _norm(self, node: Node, x: Any) -> Any:
+        out = self.own(node.output)
+        finish = self._normalise(node, x, out, self.residual(node))
+        self.tape.append((node, lambda grad: self.give(node.inputs[0], finish(grad))))
+        return out

@@ -1,0 +1,105 @@
+"""What inference and training plans lower alike: the calls that compute one node's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .network import Node, Refused, Value
+from .program import Buffer, Builder, Slot
+
+ATEN_ACTIVATIONS: dict[str, tuple[str, list[Any]]] = {
+    "relu": ("aten::relu", []),
+    "relu6": ("aten::hardtanh", [0.0, 6.0]),
+    "leaky_relu": ("aten::leaky_relu", [0.01]),
+    "sigmoid": ("aten::sigmoid", []),
+    "tanh": ("aten::tanh", []),
+    "silu": ("aten::silu", []),
+    "gelu": ("aten::gelu", ["none"]),
+    "hardswish": ("aten::hardswish", []),
+    "hardsigmoid": ("aten::hardsigmoid", []),
+}
+_CHANNELS_LAST = 2  # torch.channels_last as operators take it
+
+
+def geometry(node: Node) -> list[int]:
+    conv = node.module
+    return [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
+
+
+def nhwc(build: Builder, value: Any) -> Slot:
+    """The tensor in channels_last, itself where it is so."""
+    return build.returning("aten::contiguous", [value, _CHANNELS_LAST])
+
+
+def nhwc_weight(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+class Lowering:
+    """The calls of a network's nodes. ``at`` has the place of every value: a buffer or a slot."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.build = Builder()
+        self.at: dict[Value, Any] = {}
+
+    def lower(self, node: Node) -> None:
+        method = getattr(self, "_" + node.op, None)
+        if method is None:
+            raise Refused(f"no step for {node.op} in this kind of plan")
+        self.at[node.output] = method(node, *(self.at[v] for v in node.inputs))
+
+    def residual(self, node: Node) -> Any:
+        return None if node.residual is None else self.at[node.residual]
+
+    def own(self, value: Value) -> Buffer:
+        return self.build.buffer(value.shape, self.dtype)
+
+    def _act(self, node: Node, x: Any) -> Any:
+        op, options = ATEN_ACTIVATIONS[node.act]
+        if node.act == "gelu":
+            return self.build.returning(op, [x, "none"])
+        return self.build.returning(op, [x, *options])
+
+    def _add(self, node: Node, a: Any, b: Any) -> Any:
+        return self.build.returning("aten::add.Tensor", [a, b, 1])
+
+    def _mul(self, node: Node, a: Any, b: Any) -> Any:
+        return self.build.returning("aten::mul.Tensor", [a, b])
+
+    def _cat(self, node: Node, *values: Any) -> Any:
+        return nhwc(self.build, self.build.returning("aten::cat", [list(values), 1]))
+
+    def _reshape(self, node: Node, x: Any) -> Any:
+        out = self.build.returning("aten::reshape", [x, list(node.output.shape)])
+        return nhwc(self.build, out) if len(node.output.shape) == 4 else out
+
+    def _transpose(self, node: Node, x: Any) -> Any:
+        return self.build.returning("aten::transpose.int", [x, *node.options["dims"]])
+
+    def _narrow(self, node: Node, x: Any) -> Any:
+        return nhwc(self.build, self.build.returning("aten::narrow", [x, 1, *node.options["part"]]))
+
+    def _avg_pool(self, node: Node, x: Any) -> Any:
+        o = node.options
+        return self.build.returning(
+            "fastconv::avg_pool2d",
+            [x, list(o["kernel_size"]), list(o["stride"]), list(o["padding"]), o["ceil_mode"], o["count_include_pad"],
+             o["divisor_override"]],
+        )  # fmt: skip
+
+    def _adaptive_avg_pool(self, node: Node, x: Any) -> Any:
+        return self.build.returning("fastconv::adaptive_avg_pool2d", [x, list(node.options["output_size"])])
+
+    def max_pool(self, node: Node, x: Any, offsets: Slot | None) -> Slot:
+        o, out = node.options, self.build.slot()
+        self.build.call(
+            "fastconv::max_pool2d",
+            [x, list(o["kernel_size"]), list(o["stride"]), list(o["padding"]), list(o["dilation"]), o["ceil_mode"],
+             offsets is not None],
+            [out, offsets],
+        )  # fmt: skip
+        return out

@@ -1,0 +1,98 @@
+"""Inference plans: batch norm in the convolutions' epilogues, weights packed ahead, activations in one arena."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flatten import Flattener
+from .forward import Lowering, geometry, nhwc, nhwc_weight
+from .network import Node
+
+
+class InferenceLowering(Lowering):
+    """Weights are read once, here: later changes to them are not seen."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.weights: dict[int, Tensor] = {}
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        if id(parameter) not in self.weights:
+            made = parameter.detach().to(self.dtype)
+            self.weights[id(parameter)] = nhwc_weight(made) if made.dim() == 4 else made.contiguous()
+        return self.weights[id(parameter)]
+
+    def _conv(self, node: Node, x: Any) -> Any:
+        weight = self.weight(node.module.weight)
+        bias = node.module.bias
+        mean = scale = None
+        shift = None if bias is None else bias.detach().float()
+        if node.bn is not None:
+            # act((conv + b - mean) * weight / sqrt(var + eps) + bias): the kernel's (conv - mean) * scale + shift
+            mean, scale, offset = folded(node.bn)
+            mean, shift = (mean if shift is None else mean - shift), offset
+        vectors = (mean, scale, shift)
+        example = torch.empty(node.inputs[0].shape, dtype=self.dtype, memory_format=torch.channels_last)
+        packed = torch.ops.fastconv_plan.conv2d_pack(example, weight, geometry(node))
+        out = self.own(node.output)
+        self.build.call(
+            "fastconv_plan::conv2d",
+            [x, weight, packed, *vectors, self.residual(node), geometry(node), node.act, None, out],
+        )
+        return out
+
+    def _norm(self, node: Node, x: Any) -> Any:
+        bn, build = node.bn, self.build
+        vectors = [None if v is None else v.detach().float() for v in (bn.weight, bn.bias)]
+        running = [v.detach().float().clone() for v in (bn.running_mean, bn.running_var)]
+        out = build.slot()
+        build.call(
+            "fastconv::batch_norm_act",
+            [x, self.residual(node), *vectors, *running, None, False, 0.0, bn.eps, node.act], [out, None, None],
+        )  # fmt: skip
+        return out
+
+    def _linear(self, node: Node, x: Any) -> Any:
+        weight, bias = node.module.weight, node.module.bias
+        return self.build.returning(
+            "aten::linear", [x, self.weight(weight), None if bias is None else self.weight(bias)]
+        )
+
+    def _max_pool(self, node: Node, x: Any) -> Any:
+        return self.max_pool(node, x, None)
+
+
+def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(mean, scale, shift) of a batch norm in evaluation mode, fp32; the square root in fp64."""
+    scale = (bn.running_var.detach().double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.detach().double()
+    shift = None if bn.bias is None else bn.bias.detach().float().clone()
+    return bn.running_mean.detach().float().clone(), scale.float(), shift
+
+
+class InferencePlan:
+    """One input shape's program."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        network = Flattener(model, False).network(shape)
+        lowering = InferenceLowering(dtype)
+        build = lowering.build
+        self.entry = build.slot()
+        x: Any = self.entry
+        lowering.at[network.input] = nhwc(build, x) if len(shape) == 4 else x
+        for node in network.nodes:
+            lowering.lower(node)
+        # A copy: what the caller keeps must not change at the next run.
+        out = build.returning("aten::clone", [lowering.at[network.output], None])
+        self.exit, self.calls = out, len(build.calls)
+        self.program = build.finish()
+        self.arena_bytes = build.arena_bytes
+
+    def run(self, x: Tensor) -> Tensor:
+        self.program.put(self.entry.index, x)
+        self.program.run()
+        return self.program.get(self.exit.index)

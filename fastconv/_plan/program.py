@@ -1,0 +1,137 @@
+"""Operator calls over static buffers: collected, laid out in one arena, bound and run by one call into C++.
+
+A buffer is a dense tensor that lives from the first call that names it to the last; buffers that are never alive
+together share memory. A slot holds what an operator returns, or what the caller puts in, for one run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes: a cache line, and a vector
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A tensor of the arena, channels_last where it is 4-d."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    first: int = -1  # index of the first and the last call that names it
+    last: int = -1
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Slot:
+    index: int
+
+
+@dataclass
+class Call:
+    op: str
+    overload: str
+    arguments: list[Any]
+    results: list[Slot | None] = field(default_factory=list)
+
+
+def lay_out(buffers: list[Buffer]) -> int:
+    """Gives every buffer its offset, the largest first, each at the lowest place free while it lives; returns the size
+    of the arena in bytes."""
+    placed: list[Buffer] = []
+    for buffer in sorted(buffers, key=lambda b: -b.nbytes):
+        taken = sorted(
+            (b.offset, b.offset + b.nbytes) for b in placed if b.first <= buffer.last and buffer.first <= b.last
+        )
+        at = 0
+        for begin, end in taken:
+            if at + buffer.nbytes <= begin:
+                break
+            at = max(at, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        buffer.offset = at
+        placed.append(buffer)
+    return max((b.offset + b.nbytes for b in placed), default=0)
+
+
+class Builder:
+    """Collects calls whose arguments are tensors, plain values, buffers and slots."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.buffers: list[Buffer] = []
+        self.slots = 0
+        self.arena_bytes = 0
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        self.buffers.append(Buffer(tuple(shape), dtype))
+        return self.buffers[-1]
+
+    def slot(self) -> Slot:
+        self.slots += 1
+        return Slot(self.slots - 1)
+
+    def call(self, op: str, arguments: list[Any], results: list[Slot | None] | None = None) -> None:
+        """Appends a call of ``namespace::name`` or ``namespace::name.overload``."""
+        name, _, overload = op.partition(".")
+        for value in arguments:
+            for part in value if isinstance(value, list) else (value,):
+                if isinstance(part, Buffer):
+                    part.first = len(self.calls) if part.first < 0 else part.first
+                    part.last = len(self.calls)
+        self.calls.append(Call(name, overload, arguments, results or []))
+
+    def returning(self, op: str, arguments: list[Any]) -> Slot:
+        """The same for an operator with one result, which gets a slot of its own."""
+        result = self.slot()
+        self.call(op, arguments, [result])
+        return result
+
+    def finish(self) -> Any:
+        """Lays out the buffers and binds the calls: a ``torch.classes.fastconv.Program``."""
+        self.arena_bytes = lay_out([b for b in self.buffers if b.first >= 0])
+        arena = torch.empty(self.arena_bytes + _ALIGNMENT, dtype=torch.uint8)
+        start = -arena.data_ptr() % _ALIGNMENT
+        tensors: dict[int, Tensor] = {}
+
+        def tensor(buffer: Buffer) -> Tensor:
+            if id(buffer) not in tensors:
+                begin = start + buffer.offset
+                flat = arena[begin : begin + buffer.nbytes].view(buffer.dtype)
+                shape = buffer.shape
+                if len(shape) == 4:
+                    n, c, h, w = shape
+                    made = flat.as_strided(shape, (h * w * c, 1, w * c, c))
+                else:
+                    made = flat.view(shape)
+                tensors[id(buffer)] = made
+            return tensors[id(buffer)]
+
+        program = torch.classes.fastconv.Program(self.slots)
+        for call in self.calls:
+            arguments, inputs = [], []
+
+            def bound(value: Any, i: int, element: int, inputs: list[int] = inputs) -> Any:
+                if isinstance(value, Slot):
+                    inputs += (i, element, value.index)
+                    return None if element < 0 else torch.empty(0)
+                return tensor(value) if isinstance(value, Buffer) else value
+
+            for i, value in enumerate(call.arguments):
+                if isinstance(value, list) and not value:
+                    arguments.append(None)  # an empty list has no type here: the program takes it from the schema
+                elif isinstance(value, list):
+                    arguments.append([bound(part, i, j) for j, part in enumerate(value)])
+                else:
+                    arguments.append(bound(value, i, -1))
+            results = [-1 if r is None else r.index for r in call.results]
+            program.call(call.op, call.overload, arguments, inputs, results)
+        return program

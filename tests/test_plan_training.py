@@ -1,0 +1,425 @@
+"""TrainStep's plan against the loop that a user writes by hand, on stock layers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import fastconv
+import fastconv.functional as FF
+import fastconv.nn as fnn
+from fastconv import _ext
+
+if not _ext.HAS_EXT:
+    pytest.skip(_ext.EXT_REASON, allow_module_level=True)
+
+
+class Residual(nn.Module):
+    def __init__(self, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.a, self.na, self.b, self.nb = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)  # fmt: skip
+        self.act = act()
+
+    def forward(self, x):
+        return self.act(self.nb(self.b(self.act(self.na(self.a(x))))) + x)
+
+
+def net(seed: int = 0, act: type[nn.Module] = nn.ReLU, dropout: float = 0.0) -> nn.Module:
+    """Every kind of step, well conditioned: few layers, several positions per channel."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), act(), nn.MaxPool2d(3, 2, 1), Residual(act),
+        nn.Conv2d(32, 32, 3, groups=32), nn.BatchNorm2d(32, affine=False), nn.AvgPool2d(2), nn.Conv2d(32, 24, 1), act(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 5),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+
+
+def batches(count: int, size: int = 6):
+    torch.manual_seed(1)
+    return [(torch.randn(size, 3, 14, 14), torch.randint(5, (size,))) for _ in range(count)]
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05),
+    "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, 1e-3, eps=1e-4, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3, eps=1e-4, weight_decay=1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-4, eps=1e-4),
+}
+FUSED = {"sgd", "momentum", "nesterov", "adam", "adamw"}
+
+
+def by_hand(model, loss_fn, optimizer, data, dtype=None):
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def planned(model, loss_fn, optimizer, data, **options):
+    step = fastconv.TrainStep(model, loss_fn, optimizer, **options)
+    losses = [step(x, y) for x, y in data]
+    assert step.plan_reason == ""
+    return losses
+
+
+def assert_near(a: nn.Module, b: nn.Module, tolerance: float = 2e-4) -> None:
+    for (name, left), right in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        left, right = left.double(), right.double()
+        assert (left - right).norm() <= tolerance * (right.norm() + 1e-2), (name, left, right)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name):
+    stock, data = net(), batches(4)
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    optimizers = OPTIMIZERS[name](ours.parameters()), OPTIMIZERS[name](stock.parameters())
+    losses = planned(ours, nn.CrossEntropyLoss(), optimizers[0], data)
+    torch.testing.assert_close(losses, by_hand(stock, nn.CrossEntropyLoss(), optimizers[1], data), rtol=1e-4, atol=1e-5)
+    assert_near(ours, stock)
+    assert all((p.grad is None) == (name in FUSED) for p in ours.parameters())
+    left, right = (o.state_dict() for o in optimizers)
+    assert left["param_groups"] == right["param_groups"]
+    for index, state in right["state"].items():
+        for key, value in state.items():
+            if value is not None and torch.is_tensor(value):
+                mine = left["state"][index][key].double()
+                assert (mine - value).norm() <= 2e-3 * (value.double().norm() + 1e-3), (index, key)
+
+
+@pytest.mark.parametrize("act", (nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid))
+def test_activations(act):
+    stock, data = net(act=act), batches(3)
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    sgd = OPTIMIZERS["momentum"]
+    losses = planned(ours, F.cross_entropy, sgd(ours.parameters()), data)
+    torch.testing.assert_close(
+        losses, by_hand(stock, F.cross_entropy, sgd(stock.parameters()), data), rtol=1e-4, atol=1e-5
+    )
+    assert_near(ours, stock)
+
+
+LOSSES = {
+    "smoothing": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0]), ignore_index=2),
+    "fastconv": fnn.CrossEntropyLoss(),
+    "function": FF.cross_entropy,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    stock, data, loss_fn = net(), batches(2), LOSSES[name]
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    sgd = lambda p: torch.optim.SGD(p, 1e-2)  # noqa: E731
+    losses = planned(ours, loss_fn, sgd(ours.parameters()), data)
+    torch.testing.assert_close(losses, by_hand(stock, loss_fn, sgd(stock.parameters()), data), rtol=1e-4, atol=1e-5)
+    assert_near(ours, stock)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "name", ("resnet18", "densenet121", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5")
+)
+def test_torchvision_models(name):
+    """Loss, gradients (as momentum) and running statistics of a step, against the same fused model run eagerly.
+
+    Not against stock PyTorch: in a net at random init a last bit decides which side of a ReLU some unit is on. That the
+    fused model equals stock is what tests/test_fuse_zoo.py shows.
+    """
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=5).train().to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ours = fastconv.fuse(model, inplace=True)
+    data, found = [(torch.randn(4, 3, 64, 64), torch.randint(5, (4,)))], []
+    for twin, run in ((ours, planned), (copy.deepcopy(ours), by_hand)):
+        sgd = torch.optim.SGD(twin.parameters(), 1e-3, momentum=0.9)
+        losses = run(twin, F.cross_entropy, sgd, data)
+        gradients = [sgd.state[p]["momentum_buffer"].double() for p in twin.parameters()]
+        found.append([losses[0].double(), *gradients, *(b.double() for b in twin.buffers())])
+    # In densenet121 rounding differs (gradients of a concatenation are added in another order), and so may a ReLU's side.
+    tolerance, scale = 0.1 if name == "densenet121" else 1e-4, max(t.norm() for t in found[1])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm() + 1e-2 * tolerance * scale
+
+
+def test_bf16_trains_like_stock_autocast():
+    stock, data = net(), batches(1)
+    oracle = copy.deepcopy(stock).double()
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    sgd = OPTIMIZERS["momentum"]
+    x, y = data[0]
+    planned(ours, F.cross_entropy, sgd(ours.parameters()), data, autocast_dtype=torch.bfloat16)
+    by_hand(stock, F.cross_entropy, sgd(stock.parameters()), data, torch.bfloat16)
+    by_hand(oracle, F.cross_entropy, sgd(oracle.parameters()), [(x.double(), y)])
+    start = net()
+    for (name, p), q, exact, before in zip(
+        ours.named_parameters(), stock.parameters(), oracle.parameters(), start.parameters(), strict=True
+    ):
+        step = (exact - before).norm()
+        assert (p - exact).norm() <= 2 * (q - exact).norm() + 0.02 * step, name
+        assert p.dtype is torch.float32
+
+
+def test_bf16_reaches_stocks_loss():
+    """Five seeds, 30 steps on one batch: the final losses agree on average, within their own spread."""
+    finals = {"ours": [], "stock": []}
+    for seed in range(5):
+        data = batches(1, 16) * 30
+        for key in finals:
+            model = net(seed)
+            if key == "ours":
+                model = fastconv.fuse(model, inplace=True)
+            sgd = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+            if key == "ours":
+                losses = planned(model, F.cross_entropy, sgd, data, autocast_dtype=torch.bfloat16)
+            else:
+                losses = by_hand(model, F.cross_entropy, sgd, data, torch.bfloat16)
+            finals[key].append(losses[-1])
+            assert losses[-1] < losses[0]
+    ours, stock = (torch.stack(v) for v in finals.values())
+    assert (ours.mean() - stock.mean()).abs() <= 2 * stock.std() + 0.02, (ours, stock)
+
+
+def test_bitwise_the_same_twice():
+    results = []
+    for _ in range(2):
+        model = fastconv.fuse(net(), inplace=True)
+        planned(model, F.cross_entropy, OPTIMIZERS["momentum"](model.parameters()), batches(3))
+        results.append([t.clone() for t in model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_dropout_draws_stocks_mask():
+    stock, data = net(dropout=0.5), batches(3)
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    torch.manual_seed(5)
+    losses = planned(ours, F.cross_entropy, OPTIMIZERS["sgd"](ours.parameters()), data)
+    torch.manual_seed(5)
+    expected = by_hand(stock, F.cross_entropy, OPTIMIZERS["sgd"](stock.parameters()), data)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=str)
+def test_keep_grads(dtype):
+    model, data = fastconv.fuse(net(), inplace=True), batches(1)
+    twin = copy.deepcopy(model)
+    step = fastconv.TrainStep(
+        model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1), autocast_dtype=dtype, keep_grads=True
+    )
+    step(*data[0])
+    assert step.plan_reason == ""
+    by_hand(twin, F.cross_entropy, torch.optim.SGD(twin.parameters(), 0.1), data, dtype)
+    tolerance = 1e-4 if dtype is None else 0.05
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert p.grad.shape == p.shape and (p.grad - q.grad).norm() <= tolerance * (q.grad.norm() + 1e-2), name
+
+
+def test_clipping_by_a_step_hook():
+    stock, data = net(), batches(3)
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    results = []
+    for model, run in ((ours, planned), (stock, by_hand)):
+        sgd = OPTIMIZERS["momentum"](model.parameters())
+
+        def clip(optimizer, args, kwargs, model=model):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+        sgd.register_step_pre_hook(clip)
+        results.append(run(model, F.cross_entropy, sgd, data))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert_near(ours, stock)
+
+
+def test_schedulers_and_changing_batch_sizes():
+    stock = net()
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    data = [pair for size in (6, 3, 6, 5) for pair in batches(1, size)]
+    losses = []
+    for model in (ours, stock):
+        sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.StepLR(sgd, 1, 0.5)
+        step = fastconv.TrainStep(model, F.cross_entropy, sgd) if model is ours else None
+        for pair in data:
+            losses.append(step(*pair) if step else by_hand(model, F.cross_entropy, sgd, [pair])[0])
+            schedule.step()  # warns, an error here, if it cannot tell that the optimizer has stepped
+    torch.testing.assert_close(losses[:4], losses[4:], rtol=1e-4, atol=1e-5)
+    assert_near(ours, stock)
+
+
+@pytest.mark.parametrize("name", ("momentum", "adamw"))
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=str)
+def test_state_dicts_travel_between_plan_and_stock(name, dtype):
+    data = batches(4)
+    straight = fastconv.fuse(net(), inplace=True)
+    planned(straight, F.cross_entropy, OPTIMIZERS[name](straight.parameters()), data, autocast_dtype=dtype)
+    first, second = (fastconv.fuse(net(seed), inplace=True) for seed in (0, 3))
+    optimizers = [OPTIMIZERS[name](m.parameters()) for m in (first, second)]
+    steps = [
+        fastconv.TrainStep(m, F.cross_entropy, o, autocast_dtype=dtype)
+        for m, o in zip((first, second), optimizers, strict=True)
+    ]
+    steps[1](*data[3])  # it has a plan, and state of its own, when the others are loaded
+    for pair in data[:2]:
+        steps[0](*pair)
+    second.load_state_dict(first.state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for pair in data[2:]:
+        steps[1](*pair)
+    for a, b in zip(straight.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_changes_between_steps_count():
+    stock, data = net(), batches(6)
+    ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
+    models = {"ours": ours, "stock": stock}
+    optimizers = {k: torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for k, m in models.items()}
+    step = fastconv.TrainStep(ours, F.cross_entropy, optimizers["ours"])
+    seen = []
+
+    def one(pair):
+        loss = step(*pair)
+        torch.testing.assert_close(
+            loss, by_hand(stock, F.cross_entropy, optimizers["stock"], [pair])[0], rtol=1e-3, atol=1e-4
+        )
+
+    one(data[0])
+    for model in models.values():
+        model[0].weight.requires_grad_(False)  # frozen
+        model[1].momentum = 0.5
+    one(data[1])
+    for model in models.values():
+        with torch.no_grad():
+            model[8].weight.mul_(0.5)
+        model[8].weight.data = model[8].weight.data.clone(memory_format=torch.preserve_format)  # another storage
+    one(data[2])
+    handles = [m[8].register_forward_hook(lambda module, args, out: seen.append(1)) for m in models.values()]
+    one(data[3])
+    assert "hooks" in step.plan_reason and len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    one(data[4])
+    assert step.plan_reason == ""
+    for model in models.values():
+        model[2] = nn.SiLU()
+    one(data[5])
+    assert step.plan_reason == ""
+    assert_near(ours, stock, 1e-3)
+
+
+def test_frozen_layers_get_no_gradient_and_no_work():
+    model = fastconv.fuse(net(), inplace=True)
+    for p in model[:5].parameters():
+        p.requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, momentum=0.9)
+    planned(model, F.cross_entropy, sgd, batches(2))
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert changed == [p.requires_grad for p in model.parameters()]
+
+
+def tied() -> nn.Module:
+    """Two convolutions with one weight."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 5, 14), nn.Flatten()
+    )
+    model[2].weight = model[0].weight
+    return model
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.gate = net(), 0.0
+
+    def forward(self, x):
+        return self.body(x) if x.sum() > self.gate else -self.body(x)
+
+
+REFUSED = {
+    "stock": (net, nn.CrossEntropyLoss(), {}, "not fused"),
+    "loss": (lambda: fastconv.fuse(net(), inplace=True), nn.MultiMarginLoss(), {}, "MultiMarginLoss"),
+    "none": (lambda: fastconv.fuse(net(), inplace=True), lambda o, y: F.cross_entropy(o, y), {}, "lambda"),
+    "fp16": (lambda: fastconv.fuse(net(), inplace=True), F.cross_entropy, {"autocast_dtype": torch.float16}, "float16"),
+    "evaluation": (lambda: fastconv.fuse(net(), inplace=True).eval(), F.cross_entropy, {}, "evaluation"),
+    "shared": (lambda: fastconv.fuse(tied(), inplace=True), F.cross_entropy, {}, "several layers"),
+    "data": (
+        lambda: fastconv.fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), DataDependent())),
+        F.cross_entropy,
+        {},
+        "DataDependent",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_plan_holds_runs_as_the_loop_with_a_reason(name):
+    make, loss_fn, options, reason = REFUSED[name]
+    model, data = make(), batches(2)
+    twin = copy.deepcopy(model)
+    step = fastconv.TrainStep(model, loss_fn, torch.optim.SGD(model.parameters(), 0.01), **options)
+    for pair in data:
+        step(*pair)
+        assert reason in step.plan_reason, step.plan_reason
+    if name != "fp16":
+        by_hand(twin, loss_fn, torch.optim.SGD(twin.parameters(), 0.01), data)
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
+        )
+
+
+def test_surroundings_are_respected():
+    model = fastconv.fuse(net(), inplace=True)
+    step = fastconv.TrainStep(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.01))
+    (pair,) = batches(1)
+    with fastconv.use_backend("aten"):
+        step(*pair)
+    assert "aten" in step.plan_reason
+    with torch.autocast("cpu", torch.bfloat16):
+        step(*pair)
+    assert "autocast" in step.plan_reason
+    with torch.autograd.set_detect_anomaly(True):
+        step(*pair)
+    assert "anomaly" in step.plan_reason
+    step(*pair)
+    assert step.plan_reason == ""
+
+
+def test_errors_are_stocks_and_leave_the_step_usable():
+    model = fastconv.fuse(net(), inplace=True)
+    step = fastconv.TrainStep(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.01))
+    ((x, y),) = batches(1)
+    step(x, y)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(IndexError, match="out of bounds"):
+        step(x, torch.full_like(y, 5))
+    with pytest.raises(ValueError, match="batch"):
+        step(x, y[:-1])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert step(x, y).isfinite() and step.plan_reason == ""
+
+
+def test_buffers_share_memory():
+    model = fastconv.fuse(torchvision.models.resnet18(num_classes=5), inplace=True)
+    step = fastconv.TrainStep(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.01))
+    step(torch.randn(2, 3, 64, 64), torch.randint(5, (2,)))
+    (plan,) = step._plans.cache.values()
+    convs = [node for node in plan.network.nodes if node.op == "conv"]
+    kept = sum(4 * math.prod(n.output.shape) * (1 if n.act == "identity" else 2) for n in convs)
+    assert kept <= plan.arena_bytes < 1.5 * kept  # raw and activated outputs, and a few gradients at a time
