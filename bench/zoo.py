@@ -215,7 +215,7 @@ def table(rows: dict[str, dict]) -> str:
         "float32. Where stock's\n  own error is large, the untrained network amplifies rounding.",
         f"- `verdict`: ok if float64 stays below {EXACT:g} and the root-mean-square float32 errors below {FACTOR:g} "
         f"times stock's + {FLOOR:g}, state_dict\n  keys included. Where the first input passes a limit, "
-        f"the least errors of {INPUTS} inputs count:\n  a ReLU's kink that rounding crosses, in stock or fused, is luck. "
+        f"the least errors of {INPUTS} inputs count:\n  a ReLU's kink that rounding crosses, in either, is luck. "
         "Detection models: fused whole, the backbone compared.\n",
     ]
     for kind in dict.fromkeys(row["kind"] for row in rows.values()):
