@@ -327,3 +327,16 @@ def test_compiled_models_plan_by_themselves() -> None:
     compiled = torch.compile(deferred, backend="aot_eager")
     for got, wanted in zip(gradients(compiled, image(2, 4, 6, 5)), gradients(plain, image(2, 4, 6, 5)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_training_plan_of_a_deferred_model() -> None:
+    """TrainStep's plan has a static memory of its own: it takes the model, and the losses are those without deferral."""
+    losses = []
+    for flag in (False, True):
+        torch.manual_seed(3)
+        model = fastconv.fuse(nn.Sequential(chain().float(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), defer_bn=flag)
+        model.to(memory_format=torch.channels_last)
+        step = fastconv.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
+        x = image(2, 4, 6, 5).float().contiguous(memory_format=torch.channels_last)
+        losses.append([float(step(x, torch.tensor([0, 2]))) for _ in range(3)])
+    assert losses[0] == losses[1]
