@@ -146,7 +146,7 @@ def test_ctrl_c_saves_and_leaves_with_a_plain_message(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
-    code, output = run_until("data:", signal.SIGINT, *SMALL, "--max-steps", 500, "--report", tmp_path)
+    code, output = run_until("data:", signal.SIGINT, *SMALL, "--max-steps", 100000, "--report", tmp_path)
     assert code == 130 and "Traceback" not in output
     assert "stopped by SIGINT" in output
 
