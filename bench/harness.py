@@ -95,8 +95,9 @@ def keep_freed_memory() -> None:
 class Bench:
     """The sampling of one process: a device, its rates, and the rows so far."""
 
-    def __init__(self, subject: str, device: torch.device, seconds: float = 1.0) -> None:
-        self.subject, self.device, self.seconds = subject, device, seconds
+    def __init__(self, subject: str, device: torch.device, seconds: float = 1.0, turn: int = 0) -> None:
+        """turn: see :func:`interleave`."""
+        self.subject, self.device, self.seconds, self.turn = subject, device, seconds, turn
         keep_freed_memory()
         self.environment = machine.environment(device)
         self.rows: list[Row] = []
@@ -104,7 +105,7 @@ class Bench:
 
     def run(self, case: Case) -> list[Row]:
         """Times the case's competitors and appends their rows."""
-        rounds, quiet = interleave(case.competitors, self.device, self.seconds, self._flush)
+        rounds, quiet = interleave(case.competitors, self.device, self.seconds, self._flush, turn=self.turn)
         floor = max(self._seconds_of(case.flops, case.dtype), case.bytes / self.environment["rates"]["copy"] / 1e9)
         medians = {name: _quantile([r[name] for r in rounds], 0.5) for name in case.competitors}
         peers = {name: t for name, t in medians.items() if not name.startswith(OURS)} or medians
@@ -146,11 +147,16 @@ def interleave(
     seconds: float = 1.0,
     flush: Tensor | None = None,
     most_rounds: int = 1000,
+    turn: int = 0,
 ) -> tuple[list[dict[str, float]], bool]:
     """Rounds of seconds per call by competitor, and whether the machine was quiet during them.
 
     seconds: about how long the rounds may take in all; at least LEAST_ROUNDS are taken. On a CPU a second helping of
     the same length is taken where too few rounds were quiet.
+
+    turn: on a CPU, calls that a competitor makes in a row, after one that is not timed. For whole networks: each has
+    the machine to itself while it trains or serves, and would pay here for weights that the others have pushed out of
+    the caches. 0: one timed call in turn, whatever it finds in the caches.
     """
     for run in competitors.values():
         for _ in range(3):
@@ -165,7 +171,7 @@ def interleave(
             while not window or (time.perf_counter() < window_end and len(rounds) + len(window) < most_rounds):
                 turn = (len(rounds) + len(window)) % len(names)
                 order = names[turn:] + names[:turn]
-                window.append(_one_round({name: competitors[name] for name in order}, device, flush))
+                window.append(_one_round({name: competitors[name] for name in order}, device, flush, turn))
             quiet = device.type == "cuda" or others.share() < BUSY
             rounds += [(sample, quiet) for sample in window]
             if len(rounds) >= most_rounds:
@@ -176,13 +182,18 @@ def interleave(
     return [sample for sample, _ in rounds], False
 
 
-def _one_round(runs: dict[str, Callable[[], object]], device: torch.device, flush: Tensor | None) -> dict[str, float]:
+def _one_round(
+    runs: dict[str, Callable[[], object]], device: torch.device, flush: Tensor | None, turn: int
+) -> dict[str, float]:
     if device.type != "cuda":
         sample = {}
         for name, run in runs.items():
+            if turn:
+                run()
             begin = time.perf_counter()
-            run()
-            sample[name] = time.perf_counter() - begin
+            for _ in range(max(turn, 1)):
+                run()
+            sample[name] = (time.perf_counter() - begin) / max(turn, 1)
         return sample
     events = {}
     for name, run in runs.items():
