@@ -3,8 +3,8 @@
 Peers: eager PyTorch in both layouts with its fused optimizer, under autocast for bf16; with --compile also
 torch.compile (its compile time is printed apart), on a GPU eager PyTorch in a CUDA graph. Ours: fuse(model) with
 ordinary autograd and the same optimizer, and fastconv.TrainStep around it. Every competitor starts from the same
-weights, and their first losses are compared before anything is timed. On a CPU each takes its turn with one step untimed
-and two timed: in training a network finds its own weights in the caches, not another's.
+weights, and their first losses are compared before anything is timed. On a CPU each takes its turn with one step
+untimed and two timed: in training a network finds its own weights in the caches, not another's.
 
 FLOPs: three passes over the convolutions, taps over padding not counted. Least bytes: every convolution's output
 written and read forward, read again and its gradient written and read backward; weights and momentum read and written.
