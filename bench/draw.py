@@ -85,6 +85,8 @@ def steps(path: Path, rows: list[dict], title: str) -> bool:
         if any(floors.values()):
             axes.plot(sorted(floors), [floors[b] for b in sorted(floors)], ":", color="grey", label="floor")
         axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="ms", title=f"{title}, {dtype}")
+        axes.set_xticks(sorted(floors), [str(batch) for batch in sorted(floors)])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     _save(figure, path)
