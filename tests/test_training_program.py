@@ -53,6 +53,8 @@ def run_until(line_start: str, send: signal.Signals, *arguments: object) -> tupl
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A suite that a shell has put in the background ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shown = []
     for line in process.stdout:
@@ -146,7 +148,7 @@ def test_ctrl_c_saves_and_leaves_with_a_plain_message(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_before_the_first_step(tmp_path: Path) -> None:
-    code, output = run_until("data:", signal.SIGINT, *SMALL, "--max-steps", 100000, "--report", tmp_path)
+    code, output = run_until("data:", signal.SIGINT, *SMALL, "--max-steps", 500, "--report", tmp_path)
     assert code == 130 and "Traceback" not in output
     assert "stopped by SIGINT" in output
 
