@@ -66,7 +66,7 @@ class OptimizedModule(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        first = _first_float(model)
         self.dtype = dtype or (first.dtype if first is not None else torch.float32)
         # Batch norm is folded from the model as it came: rounding it to bf16 first would cost accuracy.
         self.model = fuse(model, inplace=True)
@@ -95,7 +95,7 @@ class OptimizedModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         self._fresh()
-        first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        first = _first_float(self.model)
         if first is not None and first.dtype is not torch.float32:
             self.dtype = first.dtype  # .half(), .double(), .bfloat16()
         return self
@@ -160,13 +160,18 @@ class OptimizedModule(nn.Module):
             return str(error)
 
     def _without(self, x: Tensor) -> Tensor:
-        first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        first = _first_float(self.model)
         if first is None or first.dtype is self.dtype or not x.is_floating_point():
             return self.model(x)
         if not self._lower:
             self._lower.append(copy.deepcopy(self.model).to(self.dtype))
         out = self._lower[0](x.to(self.dtype))
         return out.to(x.dtype) if isinstance(out, Tensor) else out
+
+
+def _first_float(model: nn.Module) -> Tensor | None:
+    """The parameter whose dtype stands for the model's."""
+    return next((p for p in model.parameters() if p.is_floating_point()), None)
 
 
 def _only_channels_last(x: Tensor) -> bool:

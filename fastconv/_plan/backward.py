@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .forward import ATEN_ACTIVATIONS, Lowering, nhwc
 from .network import Network, Node, Refused, Value
@@ -140,7 +140,7 @@ class BackwardLowering(Lowering):
     def lower(self, node: Node) -> None:
         super().lower(node)
         trained = False
-        if node.module is not None and not isinstance(node.module, (nn.MaxPool2d, nn.AvgPool2d)):
+        if node.module is not None:
             trained |= self.use(node.module.weight, node.module.bias)
         if node.bn is not None:
             trained |= self.use(node.bn.weight, node.bn.bias)

@@ -126,11 +126,13 @@ class Flattener:
         self.nodes.append(Node(op, inputs, out, **fields))
         return out
 
+    def note(self, *members: Any) -> None:
+        """Remembers a group's modules: the plan rests on their state. Names and None are no modules."""
+        self.modules.update((id(m), m) for m in members if isinstance(m, nn.Module))
+
     def conv(self, x: Value, conv: Any, bn: Any, act: Any, residual: Any = None) -> Value:
         name = runtime.activation_name(act)
-        for module in (conv, bn, act):
-            if isinstance(module, nn.Module):
-                self.modules[id(module)] = module
+        self.note(conv, bn, act)
         self.plain(conv, nn.Conv2d)
         if not name:
             raise Refused("a group's activation is no plain layer any more")
@@ -167,9 +169,7 @@ class Flattener:
 
     def norm(self, x: Value, bn: Any, act: Any, residual: Any = None) -> Value:
         name = runtime.activation_name(act)
-        for module in (bn, act):
-            if isinstance(module, nn.Module):
-                self.modules[id(module)] = module
+        self.note(bn, act)
         self.norm_ready(bn)
         if not name or len(x.shape) != 4 or (residual is not None and residual.shape != x.shape):
             raise Refused("a batch norm group that does not run fused")

@@ -60,8 +60,6 @@ class Lowering:
 
     def _act(self, node: Node, x: Any) -> Any:
         op, options = ATEN_ACTIVATIONS[node.act]
-        if node.act == "gelu":
-            return self.build.returning(op, [x, "none"])
         return self.build.returning(op, [x, *options])
 
     def _add(self, node: Node, a: Any, b: Any) -> Any:

@@ -25,8 +25,8 @@ class Value:
 
 @dataclass(eq=False)
 class Node:
-    """One step: ``op`` is conv, norm, max_pool, avg_pool, adaptive_avg_pool, linear, act, add, mul, cat, reshape, mean
-    or dropout; the rest of the fields are what that step needs."""
+    """One step: ``op`` is conv, norm, max_pool, avg_pool, adaptive_avg_pool, linear, act, add, mul, cat, narrow,
+    reshape, transpose or dropout; the rest of the fields are what that step needs."""
 
     op: str
     inputs: list[Value]
