@@ -76,7 +76,7 @@ def fuse(
         return model
     if memory_format == CHANNELS_LAST and (inplace or _twin_is_safe(plans)):
         _convert_weights(analysis, plans)
-    return Rebuilder({key: plan for key, plan in plans.items() if plan.functions}, inplace).rebuild(model)
+    return Rebuilder({key: plan for key, plan in plans.items() if plan.functions}, inplace).remake(model)
 
 
 def _twin_is_safe(plans: dict[int, Plan]) -> bool:
@@ -113,7 +113,7 @@ def unfuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: model expected torch.nn.Module, got {type(model).__name__}")
-    return Restorer(inplace).restore(model)
+    return Restorer(inplace).remake(model)
 
 
 def fusion_report(model: nn.Module, example_input: Any = None) -> FusionReport:

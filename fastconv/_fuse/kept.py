@@ -40,7 +40,7 @@ def measure(model: nn.Module, inputs: Sequence[Any], groups: Sequence[tuple[str,
     for run in (twin, Restorer(inplace=True)):
         stock = isinstance(run, Restorer)
         if stock:
-            twin = run.restore(twin)
+            twin = run.remake(twin)
         owner: dict[int, str] = {}
         for names in groups:
             for key in {id(twin.get_submodule(m)) for m in names}:

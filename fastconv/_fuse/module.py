@@ -179,23 +179,30 @@ def shallow_clone(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Mo
     return clone
 
 
-class Restorer:
-    """The model with every fused container stock again: in place, or as a copy that shares every leaf."""
+class _Remaker:
+    """A model made anew from the leaves up, each module once: in place, or as a copy that shares every leaf."""
 
     def __init__(self, inplace: bool) -> None:
         self.inplace = inplace
         self.done: dict[int, nn.Module] = {}
 
-    def restore(self, module: nn.Module) -> nn.Module:
+    def remake(self, module: nn.Module) -> nn.Module:
         if id(module) not in self.done:
             self.done[id(module)] = module  # for modules that contain themselves
-            self.done[id(module)] = self._restore(module)
+            self.done[id(module)] = self._remake(module)
         return self.done[id(module)]
 
-    def _restore(self, module: nn.Module) -> nn.Module:
+    def _remake(self, module: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+
+class Restorer(_Remaker):
+    """The model with every fused container stock again."""
+
+    def _remake(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             return module
-        fresh = {name: self.restore(child) for name, child in module._modules.items() if child is not None}
+        fresh = {name: self.remake(child) for name, child in module._modules.items() if child is not None}
         replaced = {name: child for name, child in fresh.items() if child is not module._modules[name]}
         mine = isinstance(module, FusedMixin)
         if not mine and not replaced:
@@ -207,21 +214,15 @@ class Restorer:
         return module
 
 
-class Rebuilder:
-    """The model with planned containers fused: in place, or as a copy that shares every leaf."""
+class Rebuilder(_Remaker):
+    """The model with planned containers fused."""
 
     def __init__(self, plans: dict[int, Plan], inplace: bool) -> None:
-        self.plans, self.inplace = plans, inplace
-        self.done: dict[int, nn.Module] = {}
+        super().__init__(inplace)
+        self.plans = plans
 
-    def rebuild(self, module: nn.Module) -> nn.Module:
-        if id(module) not in self.done:
-            self.done[id(module)] = module  # for modules that contain themselves
-            self.done[id(module)] = self._rebuild(module)
-        return self.done[id(module)]
-
-    def _rebuild(self, module: nn.Module) -> nn.Module:
-        fresh = {name: self.rebuild(child) for name, child in children(module)}
+    def _remake(self, module: nn.Module) -> nn.Module:
+        fresh = {name: self.remake(child) for name, child in children(module)}
         replaced = {name: child for name, child in fresh.items() if child is not module._modules[name]}
         plan = self.plans.get(id(module))
         if plan is not None and plan.same_as(module.__dict__.get("_fastconv_plan")):
