@@ -169,8 +169,8 @@ def interleave(
         while time.perf_counter() < end or len(rounds) < LEAST_ROUNDS:
             window_end, window = time.perf_counter() + 0.25, []
             while not window or (time.perf_counter() < window_end and len(rounds) + len(window) < most_rounds):
-                turn = (len(rounds) + len(window)) % len(names)
-                order = names[turn:] + names[:turn]
+                first = (len(rounds) + len(window)) % len(names)
+                order = names[first:] + names[:first]
                 window.append(_one_round({name: competitors[name] for name in order}, device, flush, turn))
             quiet = device.type == "cuda" or others.share() < BUSY
             rounds += [(sample, quiet) for sample in window]
