@@ -43,10 +43,6 @@ constexpr int64_t kTableEntries = 4096;     // 32 KB of row pointers
 constexpr int64_t kMaxTilesAtOnce = 32;     // kMaxTiles of conv_rows()
 constexpr int64_t kTapSums = 1 << 20;       // the part of dw that several taps at once may add to
 constexpr int64_t kUpdateBytes = 1 << 20;   // of a weight gradient that is consumed at once: half of a 2 MB L2
-constexpr int64_t kInPlaceTiles = 32;       // data gradient, fp32: up to here weights are used where they lie
-constexpr int64_t kInPlaceUnits =
-    512;  // and so many units of a tap: more rows of 4 KB stride fall out of L2 between tiles
-constexpr int64_t kDotRows = 8, kDotUnits = 11;  // forward: the same for at most 8 rows and units / 11
 constexpr double kSerialWork = 1 << 18;  // multiply-adds; below, a parallel region (2-5 us) costs more than it saves
 
 RowsShape tile_shape() {
@@ -103,27 +99,6 @@ std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transpos
   return made;
 }
 
-// In place where packing costs more than it saves. Measured on ResNet50's shapes at batch 1 and 4, in place : packed,
-// us, one core: forward fp32 2048 -> 512 on 1x1 38 : 134 (1 row), 61 : 154 (4 rows); 1024 -> 256 on 2x2 45 : 59 (16
-// rows), 512 -> 128 on 4x4 42 : 40 (64 rows), 2048 -> 512 on 1x1 718 : 580 (64 rows); data gradient fp32 512 -> 2048 on
-// 1x1 74 : 132 (4 rows), 128 -> 128 3x3 on 4x4 56 : 66 (64 rows). On an Intel Xeon with 2 threads and cold weights the
-// 16 rows lose: 256 -> 1024 on 2x2 165 : 96, 1024 -> 256 106 : 79.
-template <class T>
-RowsWeights choose_weights(const RowsPlanData& d, bool transposed, RowsShape shape) {
-  const RowsPlan& plan = d.plan;
-  int64_t rows = 0, live = 0;
-  for (const RowsGroup& g : d.groups) rows += g.rows;
-  for (uint8_t t : d.tap_live) live += t;
-  const int64_t units = live * plan.tap_units;
-  if (transposed) {
-    const bool fits = sizeof(T) == 4 && plan.columns % shape.columns == 0 && d.max_segments <= kMaxInPlaceTaps;
-    return fits && d.tiles <= (plan.tap_units <= kInPlaceUnits ? kInPlaceTiles : 2) ? RowsWeights::in_place
-                                                                                    : RowsWeights::pack;
-  }
-  const bool fits = plan.gather_r == 0 && plan.reduce % (4 / static_cast<int64_t>(sizeof(T))) == 0;
-  return fits && rows <= kDotRows && rows * kDotUnits <= units ? RowsWeights::in_place : RowsWeights::pack;
-}
-
 template <class T>
 void run_rows(const ConvParams& p, bool transposed, const T* input, const T* weight, const void* packed,
               const RowsEpilogue<T>& e) {
@@ -138,9 +113,8 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const T* wei
   const RowsPlan& plan = d.plan;
   const int64_t panels = (plan.columns + shape.columns - 1) / shape.columns;
   const double work = d.cost * panels * 16;
-  const RowsWeights weights = packed != nullptr ? RowsWeights::packed : choose_weights<T>(d, transposed, shape);
   const RowsGrid grid =
-      choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), weights != RowsWeights::pack);
+      choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
   const auto kernel = FASTCONV_ROWS_PICK(conv_rows<T>);
 
   at::parallel_for(0, grid.panel_parts * grid.tile_parts, 1, [&](int64_t begin, int64_t end) {
@@ -151,7 +125,6 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const T* wei
       t.input = input;
       t.weight = weight;
       t.packed = static_cast<const char*>(packed);
-      t.weights = weights;
       t.transposed = transposed;
       t.epilogue = e;
       t.panel_begin = panels * i / grid.panel_parts;
@@ -163,7 +136,7 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const T* wei
       t.table_tile = d.max_segments * shape.rows;
       t.tiles_at_once = std::clamp<int64_t>(kRowCache / (shape.rows * plan.tap_units * 4), 1,
                                             std::clamp<int64_t>(kTableEntries / t.table_tile, 1, kMaxTilesAtOnce));
-      const int64_t panel_space = weights != RowsWeights::pack ? 0 : round64(t.panels_at_once * plan.panel_bytes);
+      const int64_t panel_space = packed != nullptr ? 0 : round64(t.panels_at_once * plan.panel_bytes);
       const int64_t table_space = round64(t.tiles_at_once * t.table_tile * static_cast<int64_t>(sizeof(char*)));
       const int64_t zero_space = round64(plan.tap_units * 4);
       const int64_t gather_space =

@@ -78,27 +78,6 @@ inline void fill_tile(const RowsTask<T>& t, RowWalker& walk, int n_rows, const c
 }
 
 template <class T>
-FASTCONV_INLINE void conv_rows_tile(const RowsTask<T>& t, int n_rows, const char* const* table, const RowsGroup& group,
-                                    const char* panel, const int64_t* at, int64_t j) {
-  const RowsPlan& p = *t.plan;
-  constexpr int64_t kPacked = kTileCols * 4;
-  if (t.weights != RowsWeights::in_place) {
-    tile_rows_any<T>(n_rows, table, group.segments, group.n_segments, {panel, kPacked, kPacked}, t.epilogue, at, j,
-                     p.columns);
-  } else if (!t.transposed) {
-    tile_rows_unpacked<T>(n_rows, table, group.segments, group.n_segments, (const char*)t.weight,
-                          p.taps_r * p.taps_s * p.reduce * (int64_t)sizeof(T), t.epilogue, at, j, p.columns);
-  } else {  // fp32, whole panels: unit (tap, k) is c contiguous columns at (k * taps + tap) * c, and a segment is one
-            // tap
-    RowsSegment segments[kMaxInPlaceTaps];
-    for (int g = 0; g < group.n_segments; ++g) segments[g] = {group.segments[g].panel / p.tap_units, p.tap_units, 0, 0};
-    tile_rows_any<T>(n_rows, table, segments, group.n_segments,
-                     {(const char*)(t.weight + j), p.taps_r * p.taps_s * p.columns * 4, p.columns * 4}, t.epilogue, at,
-                     j, p.columns);
-  }
-}
-
-template <class T>
 void conv_rows(const RowsTask<T>& t) {
   const RowsPlan& p = *t.plan;
   constexpr int64_t kMaxTiles = 32;
@@ -107,8 +86,8 @@ void conv_rows(const RowsTask<T>& t) {
   const int64_t taps = p.taps_r * p.taps_s;
   for (int64_t j0 = t.panel_begin; j0 < t.panel_end; j0 += t.panels_at_once) {
     const int64_t j1 = j0 + t.panels_at_once < t.panel_end ? j0 + t.panels_at_once : t.panel_end;
-    const char* panels = t.weights == RowsWeights::packed ? t.packed + j0 * p.panel_bytes : t.panels;
-    if (t.weights == RowsWeights::pack) {
+    const char* panels = t.packed != nullptr ? t.packed + j0 * p.panel_bytes : t.panels;
+    if (t.packed == nullptr) {
       for (int64_t j = j0; j < j1; ++j) {
         char* to = t.panels + (j - j0) * p.panel_bytes;
         if (t.transposed)
@@ -135,8 +114,8 @@ void conv_rows(const RowsTask<T>& t) {
         }
         for (int64_t j = j0; j < j1; ++j)
           for (int64_t i = 0; i < n; ++i)
-            conv_rows_tile(t, rows_of[i], t.table + i * t.table_tile, group, panels + (j - j0) * p.panel_bytes, at[i],
-                           j * kTileCols);
+            tile_rows_any<T>(rows_of[i], t.table + i * t.table_tile, group.segments, group.n_segments,
+                             panels + (j - j0) * p.panel_bytes, t.epilogue, at[i], j * kTileCols, p.columns);
         tile += n;
       }
     }

@@ -3,8 +3,6 @@
 //
 #include "gemm_tile_pack.h"
 //
-#include "gemm_tile_dot.h"
-//
 #include "conv_rows.h"
 //
 #include "conv_rows_wgrad.h"

@@ -60,17 +60,13 @@ struct RowsEpilogue {  // y = act((acc - mean) * scale + shift + residual); any 
   const float* mean = nullptr;
 };
 
-// How the weights come to the tile.
-enum class RowsWeights : int32_t { packed, pack, in_place };
-
 // One thread's share of a forward or data-gradient convolution.
 template <class T>
 struct RowsTask {
   const RowsPlan* plan;
   const T* input;
   const T* weight;     // [k][r][s][c]
-  const char* packed;  // all panels, where the caller has packed them
-  RowsWeights weights;
+  const char* packed;  // all panels, where the caller has packed them; null: `weight` is packed on the way
   bool transposed;  // data gradient: sum over k, columns c
   RowsEpilogue<T> epilogue;
   int64_t panel_begin, panel_end;
@@ -108,8 +104,6 @@ struct WgradTask {
   const T** rows;  // 2 * kWgradUnits * (4 / sizeof(T)) pointers
   T* gathered;     // [kWgradUnits * (4 / sizeof(T))][gather_row] and 64 bytes
 };
-
-constexpr int kMaxInPlaceTaps = 64;
 
 // Bytes of a gathered row: copies run up to 63 bytes over its end.
 constexpr int64_t gather_row_bytes(int64_t units) { return (units * 4 + 63) / 64 * 64 + 64; }

@@ -100,22 +100,15 @@ __attribute__((noinline)) void finish(const RowsEpilogue<T>& e, const int64_t* a
   }
 }
 
-struct RowsPanel {
-  const char* units;
-  int64_t step, offset;
-};
-
 template <class T>
 FASTCONV_INLINE bool is_plain(const RowsEpilogue<T>& e) {
   return !e.mean && !e.scale && !e.shift && !e.residual && !e.pre && e.act == Act::identity;
 }
 
-// R rows by pointer: rows[segment * kTileRows + i]. at[i]: element offset of row i's first column in the output. The
-// panel's units are `step` bytes apart, and one unit of a segment's offset is `offset` bytes (packed: both one row of
-// columns).
+// R rows by pointer: rows[segment * kTileRows + i]. at[i]: element offset of row i's first column in the output.
 template <class T, int R>
 __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegment* segments, int n_segments,
-                                         RowsPanel panel, const RowsEpilogue<T>& e, const int64_t* at, int64_t j,
+                                         const char* panel, const RowsEpilogue<T>& e, const int64_t* at, int64_t j,
                                          int64_t columns) {
   f32v acc[R][kTileVecs], fold[R * kTileVecs];
   f32v* sum = fold;
@@ -127,12 +120,13 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
     __builtin_prefetch(e.out + at[i] + j, 1);
     if (sizeof(T) == 4) __builtin_prefetch(e.out + at[i] + j + 16, 1);
   }
+  constexpr int64_t kUnitBytes = kTileCols * 4;
   int64_t summed = 0;
   bool folded = false;
   for (int g = 0; g < n_segments; ++g) {
     const char* row[R];
     for (int i = 0; i < R; ++i) row[i] = rows[g * kTileRows + i];
-    const char* b = panel.units + segments[g].panel * panel.offset;
+    const char* b = panel + segments[g].panel * kUnitBytes;
     for (int64_t left = segments[g].units; left > 0;) {
       const int64_t units = left < kFoldUnits ? left : kFoldUnits;
       left -= units;
@@ -149,7 +143,7 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
       summed += units;
       for (int64_t u = 0; u < units; ++u) {
         const u32v b0 = *(const u32v_u*)b, b1 = *(const u32v_u*)(b + FASTCONV_VEC_BYTES);
-        b += panel.step;
+        b += kUnitBytes;
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
           const u32v a = broadcast_unit(row[i] + u * 4);
@@ -181,7 +175,7 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
 
 template <class T>
 FASTCONV_INLINE void tile_rows_any(int n_rows, const char* const* rows, const RowsSegment* segments, int n_segments,
-                                   RowsPanel panel, const RowsEpilogue<T>& e, const int64_t* at, int64_t j,
+                                   const char* panel, const RowsEpilogue<T>& e, const int64_t* at, int64_t j,
                                    int64_t columns) {
   switch (n_rows) {
 #define FASTCONV_TILE(R) \

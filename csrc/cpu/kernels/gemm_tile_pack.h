@@ -40,8 +40,13 @@ FASTCONV_INLINE void copy_pieces(const char* from, int64_t step, int64_t count, 
 
 // Units [u0, u1) of kLanes rows that start at `rows`, `stride` bytes apart, `n_rows` of them real; to columns of a
 // panel. A row ends after `stride` bytes: the last unit may be half a one.
-inline void pack_transposed(const char* rows, int64_t stride, int n_rows, int64_t u0, int64_t u1, char* panel) {
+inline void pack_transposed(const char* rows, int64_t stride, int n_rows, int64_t u0, int64_t u1, char* panel,
+                            const char* next) {
   for (int64_t u = u0; u < u1; u += kLanes) {
+    if (next) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(next + i * stride + u * 4, 0, 2);
+    }
     const int n = u1 - u < kLanes ? (int)(u1 - u) : kLanes;
     u32v t[kLanes];
     const int64_t bytes = stride - u * 4 < n * 4 ? stride - u * 4 : n * 4;
@@ -83,7 +88,8 @@ void pack_forward(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_t*
         int64_t end = tap;
         while (end < taps && live[end]) ++end;
         if (end > tap)
-          pack_transposed((const char*)from, taps * c * sizeof(T), n_rows, tap * tap_units, end * tap_units, to);
+          pack_transposed((const char*)from, taps * c * sizeof(T), n_rows, tap * tap_units, end * tap_units, to,
+                          k - k0 >= 2 * kLanes ? (const char*)(from + kLanes * taps * c) : nullptr);
         tap = end + 1;
       }
       continue;
@@ -110,6 +116,10 @@ void pack_transpose(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_
       if (!live[tap]) continue;
       const T* a = w + (u * E * taps + tap) * c;
       const T* b = E == 2 && u * 2 + 1 < k ? a + taps * c : nullptr;
+      for (int i = 0; i < kTileCols; i += kLanes * E) {
+        __builtin_prefetch(a + c0 + kTileCols + i, 0, 2);
+        if (b) __builtin_prefetch(b + c0 + kTileCols + i, 0, 2);
+      }
       for (int v = 0; v < kTileVecs; ++v) {
         const int64_t at = c0 + v * kLanes;
         const int n = c - at >= kLanes ? kLanes : (int)(c - at);
