@@ -83,7 +83,7 @@ inline void pack_columns(const T* const* rows, int64_t units, int64_t c0, int64_
 // One block of units into rows [ka, kb) of one tap. Columns inside rows: a row of dw is written in order.
 template <class T, class D>
 void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x, int64_t units, int64_t ka, int64_t kb,
-                 D* out, int64_t ld, bool add) {
+                 D* out, int64_t ld, bool add, bool stream) {
   if constexpr (sizeof(T) == 4) {
     if (kb - ka + t.c1 - t.c0 <= kWgradDirect && (kb - ka) % kTileRows == 0 &&
         ((t.c1 - t.c0) % kTileCols == 0 || t.gather_r)) {
@@ -91,7 +91,7 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
         for (int64_t c = t.c0; c < t.c1; c += kTileCols)
           tile_outer<T, D, true>((const char*)(k * 4), (const char*)(c * 4), dz, x, units,
                                  out + (k - ka) * ld + (c - t.c0), ld, kTileRows,
-                                 t.c1 - c < kTileCols ? (int)(t.c1 - c) : kTileCols, add);
+                                 t.c1 - c < kTileCols ? (int)(t.c1 - c) : kTileCols, add, stream);
       return;
     }
   }
@@ -107,7 +107,8 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
       for (int64_t c = c0; c < c1; c += kTileCols) {
         const int n_cols = c1 - c < kTileCols ? (int)(c1 - c) : kTileCols;
         tile_outer<T, D, false>(t.a + (k - ka) / kTileRows * a_stride, t.b + (c - c0) / kTileCols * b_stride, nullptr,
-                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add);
+                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add,
+                                 stream);
       }
     }
   }
@@ -190,12 +191,12 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
         if (through_sum) {
           WgradTask<T, float> sums{};  // the same block, into fp32
           sums.a = t.a, sums.b = t.b, sums.c0 = t.c0, sums.c1 = t.c1, sums.gather_r = t.gather_r;
-          wgrad_block<T, float>(sums, dz, x, units, ka, kb, t.sum + i * (kb - ka) * width, width, started[i]);
+          wgrad_block<T, float>(sums, dz, x, units, ka, kb, t.sum + i * (kb - ka) * width, width, started[i], false);
         } else {
-          wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, false);
+          wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, false, false);
         }
       } else {
-        wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, started[i]);
+        wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, started[i], t.stream && chunks == 1);
       }
       started[i] = true;
     }
@@ -212,6 +213,18 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
   }
 }
 
+// One row of a dead tap.
+template <class T, class D>
+FASTCONV_INLINE void zero_columns(const WgradTask<T, D>& t, D* to) {
+  if constexpr (sizeof(D) == 4) {
+    if (t.stream && (t.c1 - t.c0) % kLanes == 0) {
+      for (int64_t c = 0; c < t.c1 - t.c0; c += kLanes) stream_lanes(to + c, f32v{});
+      return;
+    }
+  }
+  __builtin_memset(to, 0, (t.c1 - t.c0) * sizeof(D));
+}
+
 template <class T, class D>
 void conv_wgrad(const WgradTask<T, D>& t) {
   int64_t taps[kWgradTaps];
@@ -224,12 +237,13 @@ void conv_wgrad(const WgradTask<T, D>& t) {
         taps[n++] = tap;
       } else if (!t.leave_dead) {
         for (int64_t i = k; i < k1; ++i)
-          __builtin_memset(t.dw + (i * t.taps_r * t.taps_s + tap) * t.columns + t.c0, 0, (t.c1 - t.c0) * sizeof(D));
+          zero_columns(t, t.dw + (i * t.taps_r * t.taps_s + tap) * t.columns + t.c0);
       }
       if (n == t.taps_at_once) wgrad_taps(t, taps, n, k, k1), n = 0;
     }
     if (n > 0) wgrad_taps(t, taps, n, k, k1);
   }
+  if (t.stream) stream_fence();
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS
