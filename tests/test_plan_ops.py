@@ -26,6 +26,9 @@ SHAPES = {
     "stem": ((2, 3, 16, 16), 64, 7, 2, 3, 1, 1),
     "depthwise": ((2, 32, 6, 6), 32, 3, 1, 1, 1, 32),
     "odd": ((2, 5, 7, 6), 9, 3, 1, 2, 2, 1),
+    # from 1 MiB on, a weight gradient is written past the caches
+    "large": ((3, 256, 2, 2), 256, 3, 1, 1, 1, 1),
+    "large, one pixel": ((2, 256, 1, 1), 256, 3, 1, 1, 1, 1),
 }
 
 

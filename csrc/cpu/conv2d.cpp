@@ -17,18 +17,6 @@
 namespace fastconv::cpu {
 namespace {
 
-// The engine's types are fp32 and bf16; `run` is called with a tag of the type.
-template <class F>
-bool run_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass, const F& run) {
-  if (!conv_uses_rows(p, x, pass)) return false;
-  if (x.scalar_type() == at::kFloat) {
-    run(TypeTag<float>{});
-  } else {
-    run(TypeTag<bf16>{});
-  }
-  return true;
-}
-
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 // The part of one axis of a filter that can touch the input: taps [first, first + taps) and the padding that is left
@@ -37,24 +25,11 @@ struct LiveTaps {
   int64_t first, taps, pad;
 };
 
-bool touches(int64_t in, int64_t stride, int64_t pad, int64_t dil, int64_t p, int64_t tap) {
-  const int64_t i = p * stride - pad + tap * dil;
-  return i >= 0 && i < in;
-}
-
-// Whether the tap touches the input at any of the output positions.
-bool tap_is_live(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t dil, int64_t tap) {
-  for (int64_t p = 0; p < out; ++p) {
-    if (touches(in, stride, pad, dil, p, tap)) return true;
-  }
-  return false;
-}
-
 // Whether some output position reads padding alone.
 bool has_empty_position(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t pad, int64_t dil) {
   for (int64_t p = 0; p < out; ++p) {
     bool any = false;
-    for (int64_t t = 0; t < taps && !any; ++t) any = touches(in, stride, pad, dil, p, t);
+    for (int64_t t = 0; t < taps && !any; ++t) any = tap_touches(in, stride, pad, dil, p, t);
     if (!any) return true;
   }
   return false;
@@ -139,7 +114,7 @@ bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
 
 void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
                      const at::Tensor& addend, const at::Tensor& grad_input) {
-  const bool done = run_rows(p, grad_input, ConvPass::input_grad, [&](auto tag) {
+  const bool done = with_rows(p, grad_input, ConvPass::input_grad, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rows_input_grad<T>(p, const_data<T>(grad_output), const_data<T>(weight), nullptr,
                        {data<T>(grad_input), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr});
@@ -161,7 +136,7 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
   if (p.n == 0) return made();
   const at::Tensor x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor out;
-  const bool done = run_rows(p, x, ConvPass::forward, [&](auto tag) {
+  const bool done = with_rows(p, x, ConvPass::forward, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const ConvEpilogue& e = epilogue;
     out = made();
@@ -201,7 +176,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
   const at::Tensor dy = nhwc(grad_output), x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor dx, dw;
   if (output_mask[0]) {
-    output_mask[0] = !run_rows(p, x, ConvPass::input_grad, [&](auto tag) {
+    output_mask[0] = !with_rows(p, x, ConvPass::input_grad, [&](auto tag) {
       using T = typename decltype(tag)::type;
       dx = empty_nhwc(x.sizes(), x.options(), format_x);
       rows_input_grad<T>(p, const_data<T>(dy), const_data<T>(w), nullptr,
@@ -209,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
     });
   }
   if (output_mask[1]) {
-    output_mask[1] = !run_rows(p, x, ConvPass::weight_grad, [&](auto tag) {
+    output_mask[1] = !with_rows(p, x, ConvPass::weight_grad, [&](auto tag) {
       using T = typename decltype(tag)::type;
       dw = at::empty(w.sizes(), w.options(), kLast);
       rows_weight_grad<T, T>(p, const_data<T>(dy), const_data<T>(x), data<T>(dw));

@@ -37,6 +37,18 @@ void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const a
 // Whether the engine of conv_rows.h computes this pass; it alone takes packed weights and hands gradients on in blocks.
 bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass);
 
+// Calls `run` with a tag of the elements' type (fp32 or bf16) where the engine computes this pass; false where not.
+template <class F>
+bool with_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass, const F& run) {
+  if (!conv_uses_rows(p, x, pass)) return false;
+  if (x.scalar_type() == at::kFloat) {
+    run(TypeTag<float>{});
+  } else {
+    run(TypeTag<bf16>{});
+  }
+  return true;
+}
+
 // Gradients in the layouts of input and weight; undefined where not asked for.
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,
                                                  const at::Tensor& input, const at::Tensor& weight,

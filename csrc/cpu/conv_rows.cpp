@@ -44,7 +44,7 @@ constexpr int64_t kMaxTilesAtOnce = 32;     // kMaxTiles of conv_rows()
 constexpr int64_t kTapSums = 1 << 20;       // the part of dw that several taps at once may add to
 constexpr int64_t kStreamBytes = 1 << 20;   // a weight gradient from here on is written past the caches
 constexpr int64_t kUpdateBytes = 1 << 20;   // of a weight gradient that is consumed at once: half of a 2 MB L2
-constexpr double kSerialWork = 1 << 18;  // multiply-adds; below, a parallel region (2-5 us) costs more than it saves
+constexpr double kSerialWork = 1 << 18;     // multiply-adds; below, a parallel region (2-5 us) costs more than it saves
 
 RowsShape tile_shape() {
   if (active_isa() >= Isa::avx512) return {8, 32};
@@ -114,8 +114,7 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const T* wei
   const RowsPlan& plan = d.plan;
   const int64_t panels = (plan.columns + shape.columns - 1) / shape.columns;
   const double work = d.cost * panels * 16;
-  const RowsGrid grid =
-      choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
+  const RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
   const auto kernel = FASTCONV_ROWS_PICK(conv_rows<T>);
 
   at::parallel_for(0, grid.panel_parts * grid.tile_parts, 1, [&](int64_t begin, int64_t end) {
@@ -302,15 +301,6 @@ int64_t cut(int64_t size, int64_t block, int64_t part, int64_t parts) {
   return std::min(size, (size + block - 1) / block * part / parts * block);
 }
 
-// Whether a tap reads the input at any output position of one axis.
-bool axis_live(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t dil, int64_t tap) {
-  for (int64_t o = 0; o < out; ++o) {
-    const int64_t i = o * stride - pad + tap * dil;
-    if (i >= 0 && i < in) return true;
-  }
-  return false;
-}
-
 int64_t wgrad_threads(const ConvParams& p, int64_t columns) {
   const double work = static_cast<double>(p.n * p.p * p.q) * p.k * columns * p.r * p.s;
   return work < kSerialWork ? 1 : at::get_num_threads();
@@ -356,8 +346,8 @@ void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, bo
   // Runs of live taps, as elements of a filter; one run of all of them where dead ones count.
   std::vector<std::pair<int64_t, int64_t>> runs;
   for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
-    const bool live = !skip_dead || (axis_live(p.h, p.p, p.stride_h, p.pad_h, p.dil_h, tap / p.s) &&
-                                     axis_live(p.w, p.q, p.stride_w, p.pad_w, p.dil_w, tap % p.s));
+    const bool live = !skip_dead || (tap_is_live(p.h, p.p, p.stride_h, p.pad_h, p.dil_h, tap / p.s) &&
+                                     tap_is_live(p.w, p.q, p.stride_w, p.pad_w, p.dil_w, tap % p.s));
     if (!live) continue;
     if (!runs.empty() && runs.back().second == tap * t.columns)
       runs.back().second += t.columns;

@@ -14,6 +14,18 @@ namespace fastconv::cpu {
 
 enum class ConvPass { forward, input_grad, weight_grad };
 
+// Whether tap `tap` of one axis reads inside the input at output position o, and whether it does at any of them.
+inline bool tap_touches(int64_t in, int64_t stride, int64_t pad, int64_t dil, int64_t o, int64_t tap) {
+  const int64_t i = o * stride - pad + tap * dil;
+  return i >= 0 && i < in;
+}
+inline bool tap_is_live(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t dil, int64_t tap) {
+  for (int64_t o = 0; o < out; ++o) {
+    if (tap_touches(in, stride, pad, dil, o, tap)) return true;
+  }
+  return false;
+}
+
 // Whether the engine computes this convolution; if not, the reason. element: 4 for fp32, 2 for bf16.
 const char* rows_refusal(const ConvParams& p, int64_t element);
 

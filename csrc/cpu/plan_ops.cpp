@@ -72,13 +72,12 @@ at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::In
   constexpr const char* op = "fastconv_plan::conv2d_pack";
   const ConvParams p = params(op, input, weight, geometry);
   const auto bytes = weight.options().dtype(at::kByte);
-  if (!conv_uses_rows(p, input, ConvPass::forward)) return at::empty({0}, bytes);
-  const at::Tensor out = at::zeros({rows_packed_bytes(p, input.element_size(), ConvPass::forward)}, bytes);
-  if (input.scalar_type() == at::kFloat) {
-    rows_pack<float>(p, const_data<float>(weight), ConvPass::forward, out.data_ptr());
-  } else {
-    rows_pack<bf16>(p, const_data<bf16>(weight), ConvPass::forward, out.data_ptr());
-  }
+  at::Tensor out = at::empty({0}, bytes);
+  with_rows(p, input, ConvPass::forward, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    out = at::zeros({rows_packed_bytes(p, input.element_size(), ConvPass::forward)}, bytes);
+    rows_pack<T>(p, const_data<T>(weight), ConvPass::forward, out.data_ptr());
+  });
   return out;
 }
 
@@ -90,19 +89,6 @@ void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, 
   check_output(op, "grad_output", grad_output, grad_input, {p.n, p.k, p.p, p.q});
   if (given(addend)) check_output(op, "addend", *addend, grad_input, grad_input.sizes());
   conv_input_grad(p, grad_output, weight, or_none(addend), grad_input);
-}
-
-// The weight gradient by the engine: `run` is called with a tag of the elements' type. False: it does not take this
-// call.
-template <class F>
-bool by_rows(const ConvParams& p, const at::Tensor& x, const F& run) {
-  if (!conv_uses_rows(p, x, ConvPass::weight_grad)) return false;
-  if (x.scalar_type() == at::kFloat) {
-    run(TypeTag<float>{});
-  } else {
-    run(TypeTag<bf16>{});
-  }
-  return true;
 }
 
 ConvParams weight_grad_params(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
@@ -124,7 +110,7 @@ void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, 
   check_nhwc(op, "grad_weight", grad_weight);
   check_dtype(op, "grad_weight", grad_weight, at::kFloat);
   check_sizes(op, "grad_weight", grad_weight, weight.sizes());
-  const bool done = by_rows(p, input, [&](auto tag) {
+  const bool done = with_rows(p, input, ConvPass::weight_grad, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rows_weight_grad<T, float>(p, const_data<T>(grad_output), const_data<T>(input), data<float>(grad_weight));
   });
@@ -143,7 +129,7 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   check_nhwc(op, "parameter", parameter);
   check_sizes(op, "parameter", parameter, weight.sizes());
   const WeightUpdate update(op, parameter, state, half, hyper, {optimizer.data(), optimizer.size()});
-  const bool done = by_rows(p, input, [&](auto tag) {
+  const bool done = with_rows(p, input, ConvPass::weight_grad, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rows_weight_grad_blocks<T>(
         p, const_data<T>(grad_output), const_data<T>(input), skip_dead,

@@ -7,16 +7,16 @@
 // Positions with the same live taps form a class, and a class is one matrix product over its live taps only: rows =
 // positions x images, found by pointers, no im2col, no zero padding, no holes of a stride. On a 1x1 map a padded 3x3
 // filter costs one ninth, on a 2x2 map four. Layout: NHWC in and out; weights KRSC, packed into panels of 32 columns
-// (gemm_tile_pack.h) by the thread that uses them, or once by the caller; a handful of rows uses them in place
-// (gemm_tile_dot.h). Taps of one filter row that lie side by side in the input are one segment: the 7x7x3 stem has
-// segments of 21 channels. Threads: a grid of column panels x row tiles; each thread packs its panels into its own L2
-// (half of it), then passes over its tiles. One parallel region, no barrier, no shared writes; the sum of an element
-// has one order whatever the number of threads. Tiles: a class is cut into tiles of at most 8 rows, evenly (9 rows are
-// 5 + 4). Small classes are joined where a common tile, with zeros read for the dead taps of a row, costs less
-// (conv_rows_plan.h). FLOPs: 2 * live (row, tap) pairs * C * K. Bytes: x once per pass over the rows (a block of tiles
-// meets all panels in L2), y once, w once. Limits: groups == 1; fp32 and bf16; an odd number of summed bf16 channels
-// needs an input padded by one (the host copies it). A filter on few channels (bf16 forward: the stem) reads an input
-// with its padding written out: an infinite weight then meets those zeros and gives NaN.
+// (gemm_tile_pack.h) by the thread that uses them, or once by the caller. Taps of one filter row that lie side by side
+// in the input are one segment: the 7x7x3 stem has segments of 21 channels. Threads: a grid of column panels x row
+// tiles; each thread packs its panels into its own L2 (half of it), then passes over its tiles. One parallel region, no
+// barrier, no shared writes; the sum of an element has one order whatever the number of threads. Tiles: a class is cut
+// into tiles of at most 8 rows, evenly (9 rows are 5 + 4). Small classes are joined where a common tile, with zeros
+// read for the dead taps of a row, costs less (conv_rows_plan.h). FLOPs: 2 * live (row, tap) pairs * C * K. Bytes: x
+// once per pass over the rows (a block of tiles meets all panels in L2), y once, w once. Limits: groups == 1; fp32 and
+// bf16; an odd number of summed bf16 channels needs an input padded by one (the host copies it). A filter on few
+// channels (bf16 forward: the stem) reads an input with its padding written out: an infinite weight then meets those
+// zeros and gives NaN.
 //
 // Measured: ResNet50's convolutions at 32 px, each as often as it occurs, one core of a Zen 5 (AVX-512 bf16),
 // microseconds, oneDNN (channels_last, torch 2.11) : here, weights packed on the way : weights packed before:
@@ -25,8 +25,8 @@
 //   292 : 262; 3x3x512 1x1 1006 : 83 : 72 bf16 batch 4, forward: 3x3x64 66 : 35 : 34; 64->256 46 : 20 : 20; 3x3x256 214
 //   : 36 : 28; 3x3x512 600 : 12 : 11 85-97% of the multiply-add peak (276 GFLOP/s fp32, 552 bf16) at batch 64.
 // Versions: epilogue tests per vector in the tile 420 us (64->256 bf16, batch 64), per tile 346, out of line and zeroed
-// without a memory array 298. Weights always packed: 137 us for fp32 2048->512 at batch 4 on 1x1, in place 61. The stem
-// by segments of 21 channels, 4 to a bf16 pixel, 1030 us; gathered 750.
+// without a memory array 298. The stem by segments of 21 channels, 4 to a bf16 pixel, 1030 us; gathered 750.
+// A path for a handful of rows that used the weights where they lie is gone: see gemm_tile_pack.h.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 

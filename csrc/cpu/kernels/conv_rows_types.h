@@ -67,7 +67,7 @@ struct RowsTask {
   const T* input;
   const T* weight;     // [k][r][s][c]
   const char* packed;  // all panels, where the caller has packed them; null: `weight` is packed on the way
-  bool transposed;  // data gradient: sum over k, columns c
+  bool transposed;     // data gradient: sum over k, columns c
   RowsEpilogue<T> epilogue;
   int64_t panel_begin, panel_end;
   int64_t tile_begin, tile_end;

@@ -107,8 +107,7 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
       for (int64_t c = c0; c < c1; c += kTileCols) {
         const int n_cols = c1 - c < kTileCols ? (int)(c1 - c) : kTileCols;
         tile_outer<T, D, false>(t.a + (k - ka) / kTileRows * a_stride, t.b + (c - c0) / kTileCols * b_stride, nullptr,
-                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add,
-                                 stream);
+                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add, stream);
       }
     }
   }
@@ -236,8 +235,7 @@ void conv_wgrad(const WgradTask<T, D>& t) {
       if (s.p.begin < s.p.end && s.q.begin < s.q.end) {
         taps[n++] = tap;
       } else if (!t.leave_dead) {
-        for (int64_t i = k; i < k1; ++i)
-          zero_columns(t, t.dw + (i * t.taps_r * t.taps_s + tap) * t.columns + t.c0);
+        for (int64_t i = k; i < k1; ++i) zero_columns(t, t.dw + (i * t.taps_r * t.taps_s + tap) * t.columns + t.c0);
       }
       if (n == t.taps_at_once) wgrad_taps(t, taps, n, k, k1), n = 0;
     }

@@ -3,8 +3,14 @@
 // Weights w [k][taps][c] (KRSC). Panel j of the forward pass holds columns k = 32 j .., units (tap, c): a transpose of
 // 32-bit units, 16 x 16 at a time in registers (4 stages of 16 two-source permutes: 0.25 permutes per unit). Panel j of
 // the data gradient holds columns c = 32 j .., units (tap, k): a copy (fp32), or rows k and k + 1 zipped (bf16).
-// Columns and units past the end are zero. Bytes: the weights once in, the panel once out (L2); 1/rows of the
-// arithmetic that reads it.
+// Columns and units past the end are zero. Weights of a whole network come from memory, in pieces of 64 to 128 bytes
+// a row apart, which no hardware prefetcher follows: so packing asks for the lines of the next 16 or 32 columns, at the
+// place in their rows where it is in these. All of ResNet50's convolutions at 32 px and batch 4 in turn, 2 cores of a
+// Zen 4, least of 3 medians, ms, without : with: forward fp32 7.0 : 5.6 (packed before 4.3), bf16 4.0 : 2.9 (2.2); data
+// gradient bf16 4.4 : 3.0; data gradient fp32, weights in place without packing 7.5, packed 6.1. At batch 1 in place
+// and packed are equal. The same lines asked for by the convolution before, while it multiplies: inference at batch 1
+// 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training step 4% slower: prefetches that come too early cost more than they
+// save. Bytes: the weights once in, the panel once out (L2); 1/rows of the arithmetic that reads it.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
