@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def write(out: Path) -> None:
         words = [f"copy {best['copy']:.0f} GB/s"]
         words += [f"{name} matrix product {rate:.2f} TFLOP/s" for name, rate in best.items() if name != "copy"]
         text.append("Measured rates of the machine: " + ", ".join(words) + ".\n")
-    operators = {name: s for name, s in subjects.items() if name not in ("memory", "train_step", "inference")}
+    operators = {name: s for name, s in subjects.items() if name not in ("memory", "seeds", "train_step", "inference")}
     if operators:
         text += ["## Operators\n", _operators(operators), _pictures(out, operators, best)]
     for name, title in (("train_step", "Training step"), ("inference", "Inference")):
@@ -47,6 +48,8 @@ def write(out: Path) -> None:
                 text.append(f"![{title}]({name}.png)\n")
     if "memory" in subjects:
         text += ["## Memory kept for the backward pass\n", _memory(subjects["memory"]["rows"])]
+    if "seeds" in subjects:
+        text += ["## Training from several seeds\n", _seeds(subjects["seeds"]["rows"])]
     (out / "README.md").write_text("\n".join(text))
 
 
@@ -100,6 +103,34 @@ def _memory(rows: list[dict]) -> str:
             known = ratio in r
             cells += [f"{r[f'{who}_saved'] / 2**20:.1f} MiB" if known else "", f"{r[ratio]:.2f}" if known else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _seeds(rows: list[dict]) -> str:
+    lines = [
+        "ResNet50, stock and fastconv on the same batches (`bench/seeds.py`): mean loss of the last tenth of the steps, "
+        "test accuracy.\n",
+        "| dtype | seed | batch x steps | data | stock | fastconv | stock | fastconv |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        s, f = r["stock"], r["fastconv"]
+        lines.append(
+            f"| {r['dtype']} | {r['seed']} | {r['batch']} x {r['steps']} | {r['data']} | {s['end_loss']:.4f} "
+            f"| {f['end_loss']:.4f} | {s['accuracy']:.1%} | {f['accuracy']:.1%} |"
+        )
+    lines.append("")
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        mine = [r for r in rows if r["dtype"] == dtype]
+        if len(mine) < 2:
+            continue
+        for what, scale, unit in (("end_loss", 1, ""), ("accuracy", 100, " points")):
+            off = [scale * (r["fastconv"][what] - r["stock"][what]) for r in mine]
+            name = "loss" if what == "end_loss" else "accuracy"
+            lines.append(
+                f"- {dtype}, fastconv - stock, {name}: {statistics.fmean(off):+.4f}{unit} over {len(mine)} seeds, "
+                f"standard error {statistics.stdev(off) / len(off) ** 0.5:.4f}"
+            )
     return "\n".join(lines) + "\n"
 
 
