@@ -108,8 +108,8 @@ def _memory(rows: list[dict]) -> str:
 
 def _seeds(rows: list[dict]) -> str:
     lines = [
-        "ResNet50, stock and fastconv on the same batches (`bench/seeds.py`): mean loss of the last tenth of the steps, "
-        "test accuracy.\n",
+        "ResNet50, stock and fastconv on the same batches (`bench/seeds.py`): mean loss of the last tenth of the "
+        "steps, test accuracy.\n",
         "| dtype | seed | batch x steps | data | stock | fastconv | stock | fastconv |",
         "|---|---|---|---|---|---|---|---|",
     ]
