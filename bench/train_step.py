@@ -32,7 +32,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def stepper(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype, run=None) -> Callable:
-    optimizer, call = optimizer_of(model), run or model
+    optimizer, call = optimizer_of(model), model if run is None else run
     half = None if dtype is torch.float32 else dtype
 
     def step() -> torch.Tensor:
