@@ -313,8 +313,8 @@ void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
   ConvParams p = full;
   WgradTask<T, D> t = wgrad_task<T, D>(p, dz, x);
   t.dw = dw;
-  t.stream = sizeof(D) == 4 && t.columns % 16 == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0 &&
-             p.k * p.r * p.s * t.columns * 4 >= kStreamBytes;
+  t.past = sizeof(D) == 4 && t.columns % 16 == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0 &&
+           p.k * p.r * p.s * t.columns * 4 >= kStreamBytes;
   const RowsShape shape = tile_shape();
   const int64_t taps = p.r * p.s;
   const WgradGrid grid = choose_wgrad_grid(p.k, t.columns, taps, wgrad_threads(p, t.columns), shape, sizeof(T));

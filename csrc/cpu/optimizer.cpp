@@ -43,13 +43,15 @@ WeightUpdate::WeightUpdate(const char* op, const at::Tensor& weight, at::TensorL
     check_like(op, "half", *half, weight, at::kBFloat16);
     half_ = data<bf16>(*half);
   }
+  constexpr int64_t kLarge = 1 << 18;  // elements: 1 MB, a core's second-level cache
+  const bool large = weight.numel() >= kLarge;
   const double* h = const_data<double>(hyper);
   if (adam_) {
     step_ = {static_cast<float>(h[0]),     static_cast<float>(1 - h[1]), static_cast<float>(h[2]),
              static_cast<float>(1 - h[2]), static_cast<float>(h[3]),     static_cast<float>(h[4]),
-             static_cast<float>(h[5]),     static_cast<float>(h[6])};
+             static_cast<float>(h[5]),     static_cast<float>(h[6]),     large};
   } else {
-    sgd_ = {static_cast<float>(h[0]), static_cast<float>(h[1]), static_cast<float>(h[2]), h[3] != 0};
+    sgd_ = {static_cast<float>(h[0]), static_cast<float>(h[1]), static_cast<float>(h[2]), h[3] != 0, large};
   }
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
   for (const at::Tensor& t : state) {

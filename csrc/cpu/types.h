@@ -51,13 +51,14 @@ struct CrossEntropyArgs {
   A weight_sum;
 };
 
-// Hyper-parameters of one optimizer step (kernels/optimizer.h).
+// Hyper-parameters of one optimizer step (kernels/optimizer.h). large: the parameter is, see there.
 struct SgdStep {
   float lr, momentum, decay;
-  bool nesterov;
+  bool nesterov, large;
 };
 struct AdamStep {
   float rate, gain1, beta2, gain2, root, eps, keep, l2;
+  bool large;
 };
 
 }  // namespace fastconv::cpu

@@ -93,7 +93,7 @@ struct WgradTask {
   int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int64_t k0, k1, c0, c1, tap_begin, tap_end;
   int64_t taps_at_once;  // at most kWgradTaps
-  bool stream;           // dw (fp32, 64-byte aligned, columns a multiple of 16) is written past the caches
+  bool past;             // dw (fp32, 64-byte aligned, columns a multiple of 16) is written past the caches
   bool leave_dead;       // taps that read no input stay unwritten instead of zero
   int64_t gather_r;      // > 0: taps are gathered; `columns` / gather_r elements from each of gather_r input rows,
   int64_t gather_step;   // gather_step elements apart, into rows of gather_row elements, whole tiles of columns

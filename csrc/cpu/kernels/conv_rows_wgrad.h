@@ -83,7 +83,7 @@ inline void pack_columns(const T* const* rows, int64_t units, int64_t c0, int64_
 // One block of units into rows [ka, kb) of one tap. Columns inside rows: a row of dw is written in order.
 template <class T, class D>
 void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x, int64_t units, int64_t ka, int64_t kb,
-                 D* out, int64_t ld, bool add, bool stream) {
+                 D* out, int64_t ld, bool add, bool past) {
   if constexpr (sizeof(T) == 4) {
     if (kb - ka + t.c1 - t.c0 <= kWgradDirect && (kb - ka) % kTileRows == 0 &&
         ((t.c1 - t.c0) % kTileCols == 0 || t.gather_r)) {
@@ -91,7 +91,7 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
         for (int64_t c = t.c0; c < t.c1; c += kTileCols)
           tile_outer<T, D, true>((const char*)(k * 4), (const char*)(c * 4), dz, x, units,
                                  out + (k - ka) * ld + (c - t.c0), ld, kTileRows,
-                                 t.c1 - c < kTileCols ? (int)(t.c1 - c) : kTileCols, add, stream);
+                                 t.c1 - c < kTileCols ? (int)(t.c1 - c) : kTileCols, add, past);
       return;
     }
   }
@@ -107,7 +107,7 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
       for (int64_t c = c0; c < c1; c += kTileCols) {
         const int n_cols = c1 - c < kTileCols ? (int)(c1 - c) : kTileCols;
         tile_outer<T, D, false>(t.a + (k - ka) / kTileRows * a_stride, t.b + (c - c0) / kTileCols * b_stride, nullptr,
-                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add, stream);
+                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add, past);
       }
     }
   }
@@ -195,7 +195,7 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
           wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, false, false);
         }
       } else {
-        wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, started[i], t.stream && chunks == 1);
+        wgrad_block<T, D>(t, dz, x, units, ka, kb, out, ld, started[i], t.past && chunks == 1);
       }
       started[i] = true;
     }
@@ -216,8 +216,8 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
 template <class T, class D>
 FASTCONV_INLINE void zero_columns(const WgradTask<T, D>& t, D* to) {
   if constexpr (sizeof(D) == 4) {
-    if (t.stream && (t.c1 - t.c0) % kLanes == 0) {
-      for (int64_t c = 0; c < t.c1 - t.c0; c += kLanes) stream_lanes(to + c, f32v{});
+    if (t.past && (t.c1 - t.c0) % kLanes == 0) {
+      for (int64_t c = 0; c < t.c1 - t.c0; c += kLanes) stream(to + c, f32v{});
       return;
     }
   }
@@ -241,7 +241,7 @@ void conv_wgrad(const WgradTask<T, D>& t) {
     }
     if (n > 0) wgrad_taps(t, taps, n, k, k1);
   }
-  if (t.stream) stream_fence();
+  if (t.past) stream_fence();
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS

@@ -76,21 +76,6 @@ FASTCONV_INLINE void store_lanes(T* p, f32v v, int n) {
 #endif
 }
 
-// Past the caches: a line that nobody reads soon is neither fetched before the store nor kept after it. p: 64-byte
-// aligned; the writer ends with stream_fence().
-FASTCONV_INLINE void stream_lanes(float* p, f32v v) {
-#if FASTCONV_VEC_BYTES == 64
-  _mm512_stream_ps(p, (__m512)v);
-#else
-  store_lanes(p, v, kLanes);
-#endif
-}
-FASTCONV_INLINE void stream_fence() {
-#if FASTCONV_VEC_BYTES == 64
-  _mm_sfence();
-#endif
-}
-
 // y = act((acc - mean) * scale + shift + residual) on columns [j, j + n) of n_rows rows of sums, in memory. Out of
 // line: inlined into the tile it cost 150 cycles a tile in tests and spilled addresses, against 40 for the way through
 // L1.
@@ -212,11 +197,11 @@ FASTCONV_INLINE void tile_rows_any(int n_rows, const char* const* rows, const Ro
 
 // a [units][kTileRows] and b [units][kTileCols], packed, or (DIRECT, fp32) a + a_rows[u] and b + b_rows[u] where they
 // are; the first n_rows x n_cols of the tile go to out (row stride ld), added to what is there if `add` (fp32 only),
-// past the caches if `stream` (fp32 only).
+// past the caches if `past` (fp32 only).
 template <class T, class D, bool DIRECT>
 __attribute__((noinline)) void tile_outer(const char* a, const char* b, const T* const* a_rows, const T* const* b_rows,
                                           int64_t units, D* out, int64_t ld, int n_rows, int n_cols, bool add,
-                                          bool stream) {
+                                          bool past) {
   f32v acc[kTileRows][kTileVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) acc[i][0] = acc[i][1] = f32v{};
@@ -233,10 +218,10 @@ __attribute__((noinline)) void tile_outer(const char* a, const char* b, const T*
   }
   if (n_rows == kTileRows && n_cols == kTileCols) {
     if constexpr (sizeof(D) == 4) {
-      if (stream) {
+      if (past) {
 #pragma GCC unroll 8
         for (int i = 0; i < kTileRows; ++i)
-          for (int v = 0; v < kTileVecs; ++v) stream_lanes(out + i * ld + v * kLanes, acc[i][v]);
+          for (int v = 0; v < kTileVecs; ++v) stream(out + i * ld + v * kLanes, acc[i][v]);
         return;
       }
     }

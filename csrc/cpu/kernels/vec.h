@@ -195,6 +195,28 @@ FASTCONV_INLINE void store(T* p, typename Vec<T>::V v, bool full, int n) {
   }
 }
 
+// Past the caches: nobody reads the line soon, or another core holds it too and would have to be waited for. p aligned
+// to the bytes of a vector of T; the writer ends with stream_fence().
+FASTCONV_INLINE void stream(float* p, f32v v) {
+#if FASTCONV_VEC_BYTES == 64
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  Vec<float>::store(p, v);
+#endif
+}
+FASTCONV_INLINE void stream(bf16* p, f32v v) {
+#if FASTCONV_VEC_BYTES == 64
+  _mm256_stream_si256((__m256i*)p, (__m256i)narrow(bf16{}, v));
+#else
+  Vec<bf16>::store(p, v);
+#endif
+}
+FASTCONV_INLINE void stream_fence() {
+#if FASTCONV_VEC_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 // The position after (n, h, w) in a tensor of h_size x w_size maps; a division per position costs as much as 64
 // channels' work.
 FASTCONV_INLINE void next_position(int64_t& n, int64_t& h, int64_t h_size, int64_t& w, int64_t w_size) {
