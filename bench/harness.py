@@ -131,14 +131,19 @@ class Bench:
 
     def save(self, out: Path) -> None:
         """OUT/<subject>.json (with the environment) and OUT/<subject>.csv."""
-        out.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for row in self.rows]
-        text = json.dumps({"subject": self.subject, "environment": self.environment, "rows": rows}, indent=1)
-        (out / f"{self.subject}.json").write_text(text + "\n")
+        save_rows(out, self.subject, self.environment, rows)
         with (out / f"{self.subject}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0] if rows else ["op"])
             writer.writeheader()
             writer.writerows(rows)
+
+
+def save_rows(out: Path, subject: str, environment: dict, rows: list[dict]) -> None:
+    """OUT/<subject>.json, as bench/page.py reads it."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"subject": subject, "environment": environment, "rows": rows}, indent=1)
+    (out / f"{subject}.json").write_text(text + "\n")
 
 
 def interleave(

@@ -29,6 +29,15 @@ def device_facts(device: torch.device) -> dict:
     return {"type": "cpu", "name": name, "detail": detail}
 
 
+def free_memory() -> int:
+    """Bytes that a new allocation can have; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+
+
 def slug(device: torch.device) -> str:
     """The folder under bench/results: nvidia-h100-80gb-hbm3, cpu-amd-epyc-2-cores."""
     facts = device_facts(device)
@@ -128,6 +137,11 @@ def rates(device: torch.device) -> dict[str, float]:
     return found
 
 
+def facts(device: torch.device) -> dict:
+    """What stands beside every result: device, versions, commit."""
+    return {"device": device_facts(device), "versions": versions(), "git": git_facts()}
+
+
 def environment(device: torch.device) -> dict:
-    """What stands beside every result: device, versions, commit, rates."""
-    return {"device": device_facts(device), "versions": versions(), "git": git_facts(), "rates": rates(device)}
+    """The same and the machine's rates, for what is timed."""
+    return facts(device) | {"rates": rates(device)}

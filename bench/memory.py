@@ -6,13 +6,11 @@ counted. Peak bytes are CUDA's allocator's, on a GPU only.
 
 from __future__ import annotations
 
-import json
-
 import machine
 import torch
 import torch.nn.functional as F
 import torchvision
-from harness import DTYPES, arguments
+from harness import DTYPES, arguments, save_rows
 
 import fastconv
 
@@ -55,7 +53,7 @@ def main() -> None:
         batch={"type": int, "default": 64},
         size={"type": int, "default": 32},
     )
-    rows = []
+    environment, rows = machine.facts(args.device), []
     for name in args.model[: 1 if args.quick else None]:
         for dtype in args.dtype:
             x = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
@@ -75,10 +73,7 @@ def main() -> None:
             saved = " ".join(f"{who} {row[f'{who}_saved'] / 2**20:.1f}" for who in models)
             ratios = f"{row['saved_ratio']:.2f}, deferred {row['deferred_ratio']:.2f}"
             print(f"{name:14} {args.batch}x{args.size} {dtype:5} MiB kept for the backward: {saved}; of stock {ratios}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    facts = {"device": machine.device_facts(args.device), "versions": machine.versions(), "git": machine.git_facts()}
-    text = json.dumps({"subject": "memory", "environment": facts, "rows": rows}, indent=1)
-    (args.out / "memory.json").write_text(text + "\n")
+    save_rows(args.out, "memory", environment, rows)
 
 
 if __name__ == "__main__":

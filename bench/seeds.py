@@ -10,14 +10,14 @@ what training must keep is where it ends. The end of a run is the mean loss of i
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import machine
-from harness import arguments
+from harness import arguments, save_rows
+from training.compare import end_loss
 
 SCRIPT = Path(__file__).parent / "train_cifar10.py"
 BACKENDS = ("stock", "fastconv")
@@ -38,7 +38,7 @@ def train(seed: int, dtype: str, batch: int, steps: int, device: str) -> dict:
         found = report["backends"][who]
         row[who] = {
             "first_loss": found["losses"][0],
-            "end_loss": statistics.fmean(found["losses"][-max(1, steps // 10) :]),
+            "end_loss": end_loss(found["losses"]),
             "accuracy": found["accuracy"],
         }
     return row
@@ -51,8 +51,7 @@ def main() -> None:
         batch={"type": int, "default": 64},
         steps={"type": int, "default": 180},
     )
-    facts = {"device": machine.device_facts(args.device), "versions": machine.versions(), "git": machine.git_facts()}
-    rows = []
+    environment, rows = machine.facts(args.device), []
     for dtype in args.dtype:
         for seed in range(1 if args.quick else args.seeds):
             rows.append(train(seed, dtype, args.batch, 10 if args.quick else args.steps, args.device.type))
@@ -60,9 +59,7 @@ def main() -> None:
                 f"{who} {rows[-1][who]['end_loss']:.4f} ({rows[-1][who]['accuracy']:.1%})" for who in BACKENDS
             )
             print(f"{dtype} seed {seed}: mean loss at the end (test accuracy): {ends}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"subject": "seeds", "environment": facts, "rows": rows}, indent=1)
-    (args.out / "seeds.json").write_text(text + "\n")
+    save_rows(args.out, "seeds", environment, rows)
 
 
 if __name__ == "__main__":

@@ -81,12 +81,6 @@ def tensors(value) -> Iterator[Tensor]:
             yield from tensors(v)
 
 
-def free_memory() -> int:
-    """Bytes that a new allocation can have; too few, and float32 is compared with stock float32 alone."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
 def step(model: nn.Module, initial: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     """A training step and an evaluation from the initial weights: {"train", "gradient", "statistics", "eval"}."""
     model.to(dtype).train().load_state_dict(initial)
@@ -159,7 +153,7 @@ def measure(name: str, kind: str) -> dict:
                 raise
             row["refused"] = f"{size} px: {type(refused).__name__}: {str(refused)[:100]}"
     row |= {"size": size, "batch": len(x)}
-    row |= compare(whole, model, initial, x, BYTES * parameters < free_memory())
+    row |= compare(whole, model, initial, x, BYTES * parameters < machine.free_memory())
     if "stock" in row and verdict(row) != "ok":
         # A pre-activation within rounding of a kink falls on either side, in stock as in fused, and moves a gradient by
         # far more than rounding: one input is luck. A kernel that is wrong is so on every input: the least counts then.

@@ -119,12 +119,16 @@ def accuracy_words(stock: float, fastconv: float, images: int) -> str:
     return f"The accuracies differ by more than {noise}, {better} is better: {both}."
 
 
+def end_loss(losses: list[float]) -> float:
+    """Where training ended: the mean loss of the last tenth of the steps."""
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
 def loss_words(stock: list[float], fastconv: list[float]) -> str:
     first = max(abs(a - b) for a, b in zip(stock[:10], fastconv[:10], strict=True))
     count = max(1, len(stock) // 10)
-    ends = [statistics.fmean(losses[-count:]) for losses in (stock, fastconv)]
     shown = "step" if len(stock) == 1 else f"{min(10, len(stock))} steps"
     return (
         f"Over the first {shown} the two losses differ by at most {first:.2g}; "
-        f"over the last {count} they average {ends[0]:.4f} (stock) and {ends[1]:.4f} (fastconv)."
+        f"over the last {count} they average {end_loss(stock):.4f} (stock) and {end_loss(fastconv):.4f} (fastconv)."
     )

@@ -42,7 +42,6 @@ constexpr int64_t kRowCache = 256 << 10;    // a quarter for the rows that meet 
 constexpr int64_t kTableEntries = 4096;     // 32 KB of row pointers
 constexpr int64_t kMaxTilesAtOnce = 32;     // kMaxTiles of conv_rows()
 constexpr int64_t kTapSums = 1 << 20;       // the part of dw that several taps at once may add to
-constexpr int64_t kStreamBytes = 1 << 20;   // a weight gradient from here on is written past the caches
 constexpr int64_t kUpdateBytes = 1 << 20;   // of a weight gradient that is consumed at once: half of a 2 MB L2
 constexpr double kSerialWork = 1 << 18;     // multiply-adds; below, a parallel region (2-5 us) costs more than it saves
 
@@ -314,7 +313,7 @@ void rows_weight_grad(const ConvParams& full, const T* dz, const T* x, D* dw) {
   WgradTask<T, D> t = wgrad_task<T, D>(p, dz, x);
   t.dw = dw;
   t.past = sizeof(D) == 4 && t.columns % 16 == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0 &&
-           p.k * p.r * p.s * t.columns * 4 >= kStreamBytes;
+           p.k * p.r * p.s * t.columns * 4 >= kPastCacheBytes;
   const RowsShape shape = tile_shape();
   const int64_t taps = p.r * p.s;
   const WgradGrid grid = choose_wgrad_grid(p.k, t.columns, taps, wgrad_threads(p, t.columns), shape, sizeof(T));

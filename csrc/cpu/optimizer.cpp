@@ -43,8 +43,7 @@ WeightUpdate::WeightUpdate(const char* op, const at::Tensor& weight, at::TensorL
     check_like(op, "half", *half, weight, at::kBFloat16);
     half_ = data<bf16>(*half);
   }
-  constexpr int64_t kLarge = 1 << 18;  // elements: 1 MB, a core's second-level cache
-  const bool large = weight.numel() >= kLarge;
+  const bool large = static_cast<int64_t>(weight.nbytes()) >= kPastCacheBytes;
   const double* h = const_data<double>(hyper);
   if (adam_) {
     step_ = {static_cast<float>(h[0]),     static_cast<float>(1 - h[1]), static_cast<float>(h[2]),

@@ -51,6 +51,9 @@ struct CrossEntropyArgs {
   A weight_sum;
 };
 
+// From here on a weight or its gradient is written past the caches (kernels/vec.h, stream()): a core's L2.
+constexpr int64_t kPastCacheBytes = 1 << 20;
+
 // Hyper-parameters of one optimizer step (kernels/optimizer.h). large: the parameter is, see there.
 struct SgdStep {
   float lr, momentum, decay;

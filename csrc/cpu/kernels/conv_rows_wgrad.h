@@ -216,7 +216,7 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
 template <class T, class D>
 FASTCONV_INLINE void zero_columns(const WgradTask<T, D>& t, D* to) {
   if constexpr (sizeof(D) == 4) {
-    if (t.past && (t.c1 - t.c0) % kLanes == 0) {
+    if (t.past) {
       for (int64_t c = 0; c < t.c1 - t.c0; c += kLanes) stream(to + c, f32v{});
       return;
     }

@@ -45,13 +45,14 @@ FASTCONV_INLINE void copy_pieces(const char* from, int64_t step, int64_t count, 
 }
 
 // Units [u0, u1) of kLanes rows that start at `rows`, `stride` bytes apart, `n_rows` of them real; to columns of a
-// panel. A row ends after `stride` bytes: the last unit may be half a one.
+// panel. A row ends after `stride` bytes: the last unit may be half a one. more: as many rows follow, and are asked
+// for.
 inline void pack_transposed(const char* rows, int64_t stride, int n_rows, int64_t u0, int64_t u1, char* panel,
-                            const char* next) {
+                            bool more) {
   for (int64_t u = u0; u < u1; u += kLanes) {
-    if (next) {
+    if (more) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(next + i * stride + u * 4, 0, 2);
+      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(rows + (kLanes + i) * stride + u * 4, 0, 2);
     }
     const int n = u1 - u < kLanes ? (int)(u1 - u) : kLanes;
     u32v t[kLanes];
@@ -95,7 +96,7 @@ void pack_forward(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_t*
         while (end < taps && live[end]) ++end;
         if (end > tap)
           pack_transposed((const char*)from, taps * c * sizeof(T), n_rows, tap * tap_units, end * tap_units, to,
-                          k - k0 >= 2 * kLanes ? (const char*)(from + kLanes * taps * c) : nullptr);
+                          k - k0 >= 2 * kLanes);
         tap = end + 1;
       }
       continue;
