@@ -22,22 +22,34 @@ def main() -> None:
     x = torch.randn(8, 64, 8, 8).contiguous(memory_format=torch.channels_last)
     w, b, v = torch.randn(64, 64, 3, 3), torch.randn(64), torch.ones(64)
     logits, target = torch.randn(8, 10), torch.arange(8)
-    geometry = ((1, 1), (1, 1), (1, 1), 1)
-    norm = (True, 0.1, 1e-5, "relu")
+    norm = (v, v, v, v)
+    count = torch.tensor(0)
     calls = {
-        "conv2d_bias_act": ((x, w, b, x), (*geometry, "relu"), FF._conv2d_bias_act),
-        "conv2d_bn_act": ((x, w, None, x, v, v, v, v, torch.tensor(0)), (*geometry, *norm), FF._conv2d_bn_act),
-        "batch_norm_act": ((x, x, v, v, v, v, torch.tensor(0)), norm, FF._batch_norm_act),
-        "cross_entropy": ((logits, target, None), ("mean", -100, 0.0), None),
-    }
-    print("| operator | tensors | choice, ns per call | of it the signature |\n|---|---:|---:|---:|")
-    for op, (tensors, settings, run) in calls.items():
+        "conv2d_bias_act": (
+            lambda: FF.conv2d_bias_act(x, w, b, padding=1, residual=x),
+            (x, w, b, x), (1, 1, 1, 1, "relu"),
+        ),
+        "conv2d_bn_act": (
+            lambda: FF.conv2d_bn_act(
+                x, w, None, *norm, padding=1, training=True, residual=x, num_batches_tracked=count
+            ),
+            (x, w, None, x, *norm, count), (1, 1, 1, 1, True, 0.1, 1e-5, "relu"),
+        ),
+        "batch_norm_act": (
+            lambda: FF.batch_norm_act(x, *norm, training=True, residual=x, num_batches_tracked=count),
+            (x, x, *norm, count), (True, 0.1, 1e-5, "relu"),
+        ),
+        "cross_entropy": (lambda: FF.cross_entropy(logits, target), (logits, target, None), ("mean", -100, 0.0)),
+    }  # fmt: skip
+    print("| operator | tensors | checks and choice, ns per call | of it the signature |\n|---|---:|---:|---:|")
+    for op, (call, tensors, arguments) in calls.items():
+        call()
 
-        def look_up(op=op, tensors=tensors, settings=settings, run=run):
-            return choice.select(op, tensors, settings, "", run)
+        def look_up(op=op, tensors=tensors, arguments=arguments):
+            return choice.recall(op, tensors, arguments)
 
-        look_up()
-        signature = nanoseconds(lambda tensors=tensors: choice._signature(tensors))
+        assert look_up().settings is not None, f"{op} is not remembered"
+        signature = nanoseconds(lambda op=op, t=tensors, a=arguments: choice._signature(op, t, a))
         present = sum(t is not None for t in tensors)
         print(f"| {op} | {present} | {nanoseconds(look_up):.0f} | {signature:.0f} |")
     small = torch.randn(1, 4, 4, 4)

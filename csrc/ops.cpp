@@ -79,5 +79,5 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTCONV_WITH_CUDA
   m.def("kernel_launches", &fastconv::kernel_launches, "Lines: kernel|threads per block|dynamic shared memory.");
 #endif
-  m.def("signature", &fastconv::signature, "What decides the backend of a call on a tuple of tensors, as bytes.");
+  m.def("signature", &fastconv::signature, "What decides whether a call is right and which backend runs it, as bytes.");
 }

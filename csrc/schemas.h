@@ -26,7 +26,8 @@ namespace fastconv {
 inline void define_operators(torch::Library& m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-  // output = act(conv2d(input, weight) + bias + residual)
+  // output = act(conv2d(input, weight) + bias + residual). On a CPU a float32 weight may go with bfloat16 input, here
+  // and in the two other convolutions; its gradient is float32 then.
   m.def(
       "conv2d_bias_act(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[2] stride, SymInt[2] "
       "padding, "

@@ -7,16 +7,71 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cstring>
+
 namespace fastconv {
 
-pybind11::object signature(const pybind11::tuple& tensors) {
-  c10::SmallVector<int64_t, 96> words;
+namespace {
+
+using Words = c10::SmallVector<int64_t, 128>;
+
+enum Kind : int64_t { kNone, kFalse, kTrue, kInt, kFloat, kString, kSequence };
+
+void append_text(Words& words, PyObject* text) {
+  Py_ssize_t size = 0;
+  const char* bytes = PyUnicode_AsUTF8AndSize(text, &size);
+  if (bytes == nullptr) throw pybind11::error_already_set();
+  words.push_back(kString | static_cast<int64_t>(size) << 8);
+  for (Py_ssize_t i = 0; i < size; i += 8) {
+    int64_t word = 0;
+    std::memcpy(&word, bytes + i, std::min<Py_ssize_t>(8, size - i));
+    words.push_back(word);
+  }
+}
+
+// False where the value is of another kind. 1, True and 1.0 are three values here, as they are to the checks.
+bool append_argument(Words& words, PyObject* value) {
+  if (value == Py_None) {
+    words.push_back(kNone);
+  } else if (value == Py_True || value == Py_False) {
+    words.push_back(value == Py_True ? kTrue : kFalse);
+  } else if (PyLong_CheckExact(value)) {
+    int overflow = 0;
+    const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow != 0) return false;
+    words.push_back(kInt);
+    words.push_back(number);
+  } else if (PyFloat_CheckExact(value)) {
+    const double number = PyFloat_AS_DOUBLE(value);
+    int64_t bits = 0;
+    std::memcpy(&bits, &number, sizeof bits);
+    words.push_back(kFloat);
+    words.push_back(bits);
+  } else if (PyUnicode_CheckExact(value)) {
+    append_text(words, value);
+  } else if (PyTuple_Check(value) || PyList_CheckExact(value)) {
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(value);
+    words.push_back(kSequence | static_cast<int64_t>(size) << 8);
+    for (Py_ssize_t i = 0; i < size; ++i)
+      if (!append_argument(words, PySequence_Fast_GET_ITEM(value, i))) return false;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+pybind11::object signature(const pybind11::str& op, const pybind11::tuple& tensors, const pybind11::tuple& arguments) {
+  Words words;
+  append_text(words, op.ptr());
+  if (!append_argument(words, arguments.ptr())) return pybind11::none();
   for (const pybind11::handle item : tensors) {
     if (item.is_none()) {
       words.push_back(-1);
       continue;
     }
-    if (!THPVariable_Check(item.ptr())) throw pybind11::type_error("signature: expected a tuple of tensors or None");
+    if (!THPVariable_Check(item.ptr())) return pybind11::none();
     const at::Tensor& t = THPVariable_Unpack(item.ptr());
     if (t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return pybind11::none();
     // A subclass has rules of its own; Parameter is as good as Tensor.

@@ -38,26 +38,29 @@ def cross_entropy(
     on other shapes and dtypes.
     """
     op = "cross_entropy"
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+    if isinstance(input, Tensor) and autocast.enabled(input):
+        # Stock autocast runs the loss in float32: logits, probabilities and class weights alike.
+        input, target, weight = (t.float() if _is_low(t) else t for t in (input, target, weight))
+    tensors = (input, target, weight)
+    call = ops.recall(op, tensors, (reduction, ignore_index, label_smoothing))
+    if call.settings is not None:
+        return _cross_entropy(call.backend, *tensors, *call.settings)
     check.tensor(op, "input", input)
     check.tensor(op, "target", target)
     check.tensor(op, "weight", weight, optional=True)
-    if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
     if reduction not in _REDUCTION:
         raise ValueError(f"{op}: reduction expected one of none, mean, sum; got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"{op}: label_smoothing expected between 0.0 and 1.0, got {label_smoothing}")
-    if autocast.enabled(input):
-        # Stock autocast runs the loss in float32: logits, probabilities and class weights alike.
-        input, target, weight = (t.float() if _is_low(t) else t for t in (input, target, weight))
     limit = _check_shapes(op, input, target, weight, ignore_index)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         limit = limit or "weight requires a gradient"
     elif weight is not None and weight.dtype != input.dtype:
         limit = limit or f"weight has dtype {weight.dtype}, input {input.dtype}"
-    tensors = (input, target, weight)
     settings = (reduction, ignore_index, float(label_smoothing))
-    return _cross_entropy(ops.select(op, tensors, settings, limit, _cross_entropy), *tensors, *settings)
+    return _cross_entropy(ops.select(call, tensors, settings, limit, _cross_entropy), *tensors, *settings)
 
 
 def _cross_entropy(backend, input, target, weight, reduction, ignore_index, label_smoothing):
@@ -80,7 +83,7 @@ def _cross_entropy(backend, input, target, weight, reduction, ignore_index, labe
 
 
 def _is_low(t: Tensor | None) -> bool:
-    return t is not None and t.dtype in (torch.float16, torch.bfloat16)
+    return isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
 
 
 def _check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> str:

@@ -58,7 +58,10 @@ def max_pool2d(
     backward; windows of more than 256 elements, integer inputs and ``return_indices=True`` run on ``aten``.
     Autocast: runs in the input's dtype.
     """
-    op = "max_pool2d"
+    op, tensors = "max_pool2d", (input,)
+    call = ops.recall(op, tensors, (kernel_size, stride, padding, dilation, ceil_mode, return_indices))
+    if call.settings is not None:
+        return _max_pool2d(call.backend, input, *call.settings)
     kernel, stride, padding, dilation = _window(op, input, kernel_size, stride, padding, dilation, ceil_mode)
     limit = _limit(input)
     if return_indices:
@@ -66,7 +69,7 @@ def max_pool2d(
     elif kernel[0] * kernel[1] > _MAX_WINDOW:
         limit = f"a window of {kernel[0]}x{kernel[1]} has more than {_MAX_WINDOW} elements"
     settings = (kernel, stride, padding, dilation, ceil_mode, return_indices)
-    return _max_pool2d(ops.select(op, (input,), settings, limit, _max_pool2d), input, *settings)
+    return _max_pool2d(ops.select(call, tensors, settings, limit, _max_pool2d), input, *settings)
 
 
 def _max_pool2d(backend, input, kernel, stride, padding, dilation, ceil_mode, return_indices):
@@ -92,12 +95,15 @@ def avg_pool2d(
 
     Autocast: runs in the input's dtype.
     """
-    op = "avg_pool2d"
+    op, tensors = "avg_pool2d", (input,)
+    call = ops.recall(op, tensors, (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override))
+    if call.settings is not None:
+        return _avg_pool2d(call.backend, input, *call.settings)
     kernel, stride, padding, _ = _window(op, input, kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override is not None and divisor_override == 0:
         raise RuntimeError(f"{op}: divisor_override expected a non-zero int or None, got 0")
     settings = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    return _avg_pool2d(ops.select(op, (input,), settings, _limit(input), _avg_pool2d), input, *settings)
+    return _avg_pool2d(ops.select(call, tensors, settings, _limit(input), _avg_pool2d), input, *settings)
 
 
 def _avg_pool2d(backend, input, *settings):
@@ -116,7 +122,10 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int 
 
     Autocast: runs in the input's dtype.
     """
-    op = "adaptive_avg_pool2d"
+    op, tensors = "adaptive_avg_pool2d", (input,)
+    call = ops.recall(op, tensors, (output_size,))
+    if call.settings is not None:
+        return _adaptive_avg_pool2d(call.backend, input, *call.settings)
     check.tensor(op, "input", input)
     if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
         raise RuntimeError(f"{op}: input expected non-empty [N, C, H, W] or [C, H, W], got {list(input.shape)}")
@@ -127,7 +136,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int 
     size = check.pair(op, "output_size", output_size)
     check.at_least(op, "output_size", size, 0)
     limit = _limit(input) or ("the output is empty" if 0 in size else "")
-    return _adaptive_avg_pool2d(ops.select(op, (input,), (size,), limit, _adaptive_avg_pool2d), input, size)
+    return _adaptive_avg_pool2d(ops.select(call, tensors, (size,), limit, _adaptive_avg_pool2d), input, size)
 
 
 def _adaptive_avg_pool2d(backend, input, size):

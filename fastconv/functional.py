@@ -1,7 +1,8 @@
 """Fused operators with the signatures of torch.nn.functional.
 
-``import fastconv.functional as FF``. Arguments are checked here, once; autocast's casts are made here; then the call
-goes to the backend that :func:`fastconv.ops.select` names: a fused kernel behind its autograd Function, or ``aten``
+``import fastconv.functional as FF``. Autocast's casts are made here; arguments are checked here, once: a call like one
+before (:func:`fastconv.ops.recall`) needs no second look. Then the call goes to the backend that
+:func:`fastconv.ops.select` names: a fused kernel behind its autograd Function, or ``aten``
 (stock PyTorch), which covers every call that no kernel does.
 
 Activations: identity, relu, relu6, leaky_relu (slope 0.01), sigmoid, tanh, silu, gelu (exact), hardswish.
@@ -44,7 +45,8 @@ __all__ = [
 def _conv_arguments(op, input, weight, bias, residual, stride, padding, dilation, groups):
     """(input, residual, stride, padding, dilation) checked and normalised; input padded where 'same' is lopsided."""
     check.conv_shapes(op, input, weight, bias, groups)
-    check.same_device_and_dtype(op, input=input, weight=weight, bias=bias, residual=residual)
+    kept = autocast.enabled(input) and autocast.wide(input, weight)
+    check.same_device_and_dtype(op, input=input, weight=None if kept else weight, bias=bias, residual=residual)
     stride = check.pair(op, "stride", stride)
     dilation = check.pair(op, "dilation", dilation)
     check.at_least(op, "stride", stride, 1)
@@ -96,40 +98,41 @@ def conv2d_bias_act(
 
     Shapes: input [N, C, H, W] or [C, H, W], weight [K, C/groups, R, S], bias [K]; output [N, K, P, Q].
     dtypes: float32, float16, bfloat16, float64 (all tensors alike). Autocast: all tensors are cast to its dtype, the
-    output has it (F.conv2d's rule; the fused addition and activation run in it too); float64 stays.
+    output has it (F.conv2d's rule; the fused addition and activation run in it too); float64 stays. To bfloat16 the
+    ``cpu`` kernels round a float32 weight as they read it: the graph keeps the weight itself and no copy, and its
+    gradient is float32 from the start.
     Raises RuntimeError on shapes, dtypes or devices that do not fit, TypeError on wrong types, ValueError on
     an unknown activation.
     """
     op = "conv2d_bias_act"
+    tensors = autocast.convolution(input, weight, bias, residual)
+    call = ops.recall(op, tensors, (stride, padding, dilation, groups, activation))
+    if call.settings is not None:
+        return _conv2d_bias_act(call.backend, *tensors, *call.settings)
+    input, weight, bias, residual = tensors
     check.tensor(op, "input", input)
     check.tensor(op, "weight", weight)
     check.tensor(op, "bias", bias, optional=True)
     check.tensor(op, "residual", residual, optional=True)
     check.activation(op, activation)
-    input, weight, bias, residual = autocast.lower_precision(input, weight, bias, residual)
-    input, stride, padding, dilation = _conv_arguments(
+    padded, stride, padding, dilation = _conv_arguments(
         op, input, weight, bias, residual, stride, padding, dilation, groups
     )
-    if input.dim() == 3:
-        batched = None if residual is None else residual.unsqueeze(0)
-        return conv2d_bias_act(
-            input.unsqueeze(0),
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            activation=activation,
-            residual=batched,
-        ).squeeze(0)
+    if input.dim() == 3 or padded is not input:
+        single = input.dim() == 3
+        out = conv2d_bias_act(
+            padded.unsqueeze(0) if single else padded, weight, bias, stride, padding, dilation, groups,
+            activation=activation, residual=residual.unsqueeze(0) if single and residual is not None else residual,
+        )  # fmt: skip
+        return out.squeeze(0) if single else out
     limit = "" if input.is_floating_point() else f"dtype {input.dtype} is not supported"
-    tensors = (input, weight, bias, residual)
     settings = (stride, padding, dilation, groups, activation)
-    return _conv2d_bias_act(ops.select(op, tensors, settings, limit, _conv2d_bias_act), *tensors, *settings)
+    return _conv2d_bias_act(ops.select(call, tensors, settings, limit, _conv2d_bias_act), *tensors, *settings)
 
 
 def _conv2d_bias_act(backend, input, weight, bias, residual, *settings):
+    if backend != "cpu":
+        weight = autocast.like(input, weight)
     if backend == "aten":
         return ops.aten.conv2d_bias_act(input, weight, bias, residual, *settings)
     if needs_grad(input, weight, bias, residual):
@@ -199,13 +202,18 @@ def batch_norm_act(
     or an unknown activation.
     """
     op = "batch_norm_act"
+    if isinstance(residual, Tensor) and isinstance(input, Tensor) and autocast.enabled(input):
+        residual = residual.to(input.dtype)
+    tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    settings = (training, momentum, eps, activation)
+    call = ops.recall(op, tensors, settings)
+    if call.settings is not None:
+        return _batch_norm_act(call.backend, *tensors, *settings)
     check.tensor(op, "input", input)
     check.tensor(op, "residual", residual, optional=True)
     check.activation(op, activation)
     if input.dim() < 2:
         raise RuntimeError(f"{op}: input expected at least 2 dimensions [N, C, *], got {list(input.shape)}")
-    if residual is not None and autocast.enabled(input):
-        residual = residual.to(input.dtype)
     check.same_device_and_dtype(op, input=input, residual=residual)
     check.residual_shape(op, residual, input.shape)
     channels = input.size(1)
@@ -213,9 +221,7 @@ def batch_norm_act(
     count = input.numel() // channels if channels else 0
     _norm_arguments(op, channels, count, input.shape, training, momentum, eps, num_batches_tracked, **vectors)
     limit = _norm_limit(input, **vectors)
-    tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-    settings = (training, momentum, eps, activation)
-    return _batch_norm_act(ops.select(op, tensors, settings, limit, _batch_norm_act), *tensors, *settings)
+    return _batch_norm_act(ops.select(call, tensors, settings, limit, _batch_norm_act), *tensors, *settings)
 
 
 def _batch_norm_act(backend, input, residual, weight, bias, *stats_and_settings):
@@ -276,7 +282,8 @@ def conv2d_bn_act(
 
     The convolution's arguments as :func:`conv2d_bias_act`, the normalisation's as :func:`batch_norm_act`, with running
     statistics, bn_weight and bn_bias of shape [K]. Autocast: input, weight, bias and residual are cast to its dtype,
-    which the output has; the normalisation's vectors stay, its arithmetic is float32.
+    which the output has (the weight as in :func:`conv2d_bias_act`); the normalisation's vectors stay, its arithmetic is
+    float32.
 
     In evaluation without gradients the normalisation becomes a scale and shift in the convolution's epilogue
     and the convolution's raw output is not kept.
@@ -286,13 +293,18 @@ def conv2d_bn_act(
     still does. The gradients are the same. No effect in evaluation, under torch.compile and in the ``aten`` backend.
     """
     op = "conv2d_bn_act"
+    recompute = recompute and training and may_defer()
+    input, weight, bias, residual = autocast.convolution(input, weight, bias, residual)
+    tensors = (input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked)
+    call = ops.recall(op, tensors, (stride, padding, dilation, groups, training, momentum, eps, activation))
+    if call.settings is not None:
+        return _conv2d_bn_act(call.backend, *tensors, *call.settings, recompute=recompute)
     check.tensor(op, "input", input)
     check.tensor(op, "weight", weight)
     check.tensor(op, "bias", bias, optional=True)
     check.tensor(op, "residual", residual, optional=True)
     check.activation(op, activation)
-    input, weight, bias, residual = autocast.lower_precision(input, weight, bias, residual)
-    input, stride, padding, dilation = _conv_arguments(
+    padded, stride, padding, dilation = _conv_arguments(
         op, input, weight, bias, residual, stride, padding, dilation, groups
     )
     vectors = {
@@ -302,29 +314,31 @@ def conv2d_bn_act(
         "bn_bias": bn_bias,
     }
     spatial = [
-        conv_output_size(input.size(i - 2), weight.size(2 + i), stride[i], padding[i], dilation[i]) for i in (0, 1)
+        conv_output_size(padded.size(i - 2), weight.size(2 + i), stride[i], padding[i], dilation[i]) for i in (0, 1)
     ]
     batch = input.size(0) if input.dim() == 4 else 1
     count, shape = batch * spatial[0] * spatial[1], [batch, weight.size(0), *spatial]
     _norm_arguments(op, weight.size(0), count, shape, training, momentum, eps, num_batches_tracked, **vectors)
-    if input.dim() == 3:
-        input = input.unsqueeze(0)
-        residual = None if residual is None else residual.unsqueeze(0)
-        return conv2d_bn_act(
-            input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride=stride, padding=padding,
-            dilation=dilation, groups=groups, training=training, momentum=momentum, eps=eps, activation=activation,
-            residual=residual, num_batches_tracked=num_batches_tracked, recompute=recompute,
-        ).squeeze(0)  # fmt: skip
+    if input.dim() == 3 or padded is not input:
+        single = input.dim() == 3
+        out = conv2d_bn_act(
+            padded.unsqueeze(0) if single else padded, weight, bias, running_mean, running_var, bn_weight, bn_bias,
+            stride=stride, padding=padding, dilation=dilation, groups=groups, training=training, momentum=momentum,
+            eps=eps, activation=activation, num_batches_tracked=num_batches_tracked, recompute=recompute,
+            residual=residual.unsqueeze(0) if single and residual is not None else residual,
+        )  # fmt: skip
+        return out.squeeze(0) if single else out
     limit = _norm_limit(input, **vectors)
-    tensors = (input, weight, bias, residual, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked)
     settings = (stride, padding, dilation, groups, training, momentum, eps, activation)
-    recompute = recompute and training and may_defer()
-    backend = ops.select(op, tensors, settings, limit, _conv2d_bn_act)
+    backend = ops.select(call, tensors, settings, limit, _conv2d_bn_act)
     return _conv2d_bn_act(backend, *tensors, *settings, recompute=recompute)
 
 
 def _conv2d_bn_act(backend, *args, recompute=False):
     input, weight, bias, residual, bn_weight, bn_bias, *stats = args[:9]
+    if backend != "cpu" and weight.dtype is not input.dtype:
+        weight = autocast.like(input, weight)
+        args = (input, weight, *args[2:])
     if backend == "aten":
         out = F.conv2d(input, weight, bias, *args[9:13])
         return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, *args[13:])

@@ -22,25 +22,24 @@ void finish_statistics(const A* m2, A* invstd, int64_t rows, double eps, int64_t
 
 template <class T>
 void forward_training(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
-                      const at::Tensor& shift, const at::Tensor& mean, const at::Tensor& m2, const at::Tensor& invstd,
+                      const at::Tensor& shift, const at::Tensor& mean, acc_t<T>* pm2, const at::Tensor& invstd,
                       const at::Tensor& out, double eps, Act act) {
   using A = acc_t<T>;
   const int64_t channels = x.size(1), rows = x.numel() / channels;
   const Spans s(rows, channels);
   const T* px = const_data<T>(x);
-  A *pmean = data<A>(mean), *pm2 = data<A>(m2), *pinv = data<A>(invstd);
-  const at::Tensor scale = at::empty({channels}, acc_options(x));
-  const at::Tensor partial = at::empty({s.spans, 2, channels}, acc_options(x));
-  A *pscale = data<A>(scale), *ppart = data<A>(partial);
+  A *pmean = data<A>(mean), *pinv = data<A>(invstd);
   const A* pw = const_data<A>(weight);
   const auto stats = FASTCONV_PICK(bn_stats<T>);
   const auto add_pivot = FASTCONV_PICK(bn_add_pivot<T>);
+  const auto affine = affine_kernel<T>(act);
+  const T* pr = const_data<T>(residual);
+  T* po = data<T>(out);
+  const A* pb = const_data<A>(shift);
+  const Scratch<A> scale(channels);
+  A* pscale = scale.get();
   if (s.threads_own_channels) {
     // One region: each thread takes its channels through statistics and normalisation.
-    const auto affine = affine_kernel<T>(act);
-    const T* pr = const_data<T>(residual);
-    T* po = data<T>(out);
-    const A* pb = const_data<A>(shift);
     parallel_tasks(s.parts, x.numel(), [&](int64_t begin, int64_t end) {
       const int64_t c0 = s.channel_begin(begin), c1 = s.channel_end(end - 1);
       stats(px, channels, 0, rows, c0, c1, pmean, pm2);
@@ -53,6 +52,8 @@ void forward_training(const at::Tensor& x, const at::Tensor& residual, const at:
   }
   // Spans are shared out and joined in order, then rows are shared out.
   const auto merge = FASTCONV_PICK(bn_merge<A>);
+  const Scratch<A> partial(s.spans * 2 * channels);
+  A* ppart = partial.get();
   parallel_spans(s, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     stats(px, channels, r0, r1, c0, c1, ppart + 2 * i * channels, ppart + (2 * i + 1) * channels);
   });
@@ -65,25 +66,29 @@ void forward_training(const at::Tensor& x, const at::Tensor& residual, const at:
   add_pivot(px, pmean, 0, channels);
   finish_statistics(pm2, pinv, rows, eps, 0, channels);
   for (int64_t c = 0; c < channels; ++c) pscale[c] = pinv[c] * pw[c];
-  channel_affine(x, out, {}, residual, mean, scale, shift, act);
+  parallel_tasks(rows, x.numel(), [&](int64_t r0, int64_t r1) {
+    affine(px, po, nullptr, pr, pmean, pscale, pb, channels, r0, r1, 0, channels, act);
+  });
 }
 
-// running = (1 - factor) * running + factor * value
-void blend(const at::Tensor& running, const at::Tensor& value, double factor) {
+// running = (1 - factor) * running + factor * value / divisor
+template <class A>
+void blend(const at::Tensor& running, const A* value, A divisor, double factor) {
   if (!running.is_inference()) running.unsafeGetTensorImpl()->bump_version();
-  if (running.scalar_type() == value.scalar_type() && running.is_contiguous()) {
-    dispatch_float("batch_norm_act", running.scalar_type(), [&](auto tag) {
-      using A = acc_t<typename decltype(tag)::type>;
-      A* r = data<A>(running);
-      const A* v = const_data<A>(value);
-      for (int64_t c = 0; c < running.numel(); ++c) r[c] = A(1 - factor) * r[c] + A(factor) * v[c];
-    });
+  const int64_t channels = running.numel();
+  if (running.scalar_type() == c10::CppTypeToScalarType<A>::value && running.is_contiguous()) {
+    A* r = data<A>(running);
+    for (int64_t c = 0; c < channels; ++c) r[c] = A(1 - factor) * r[c] + A(factor) * (value[c] / divisor);
   } else {  // statistics in a 16-bit type, or a strided view of something larger: rare, so by ATen, rounded once
-    running.copy_(running.to(value.scalar_type()).mul_(1 - factor).add_(value, factor));
+    const at::Tensor copy = at::empty({channels}, running.options().dtype(c10::CppTypeToScalarType<A>::value));
+    for (int64_t c = 0; c < channels; ++c) data<A>(copy)[c] = value[c] / divisor;
+    running.copy_(running.to(copy.scalar_type()).mul_(1 - factor).add_(copy, factor));
   }
 }
 
-void update_running(const BatchNormArgs& args, const at::Tensor& mean, const at::Tensor& m2, int64_t rows) {
+// mean, m2: null where there are no rows.
+template <class A>
+void update_running(const BatchNormArgs& args, const A* mean, const A* m2, int64_t rows) {
   double factor = 0;
   if (given(args.num_batches_tracked)) {
     const at::Tensor& count = *args.num_batches_tracked;
@@ -94,20 +99,27 @@ void update_running(const BatchNormArgs& args, const at::Tensor& mean, const at:
   }
   if (args.momentum.has_value()) factor = *args.momentum;
   if (rows == 0) return;
-  if (given(args.running_mean)) blend(*args.running_mean, mean, factor);
-  if (given(args.running_var)) blend(*args.running_var, m2.div(static_cast<double>(rows - 1)), factor);
+  if (given(args.running_mean)) blend<A>(*args.running_mean, mean, 1, factor);
+  if (given(args.running_var)) blend<A>(*args.running_var, m2, static_cast<A>(rows - 1), factor);
 }
 
 }  // namespace
 
 BatchNormStats eval_stats(const at::Tensor& like, int64_t channels, const BatchNormArgs& args) {
-  BatchNormStats stats{at::empty({channels}, acc_options(like)), at::empty({channels}, acc_options(like))};
-  stats.mean.copy_(*args.running_mean);
-  stats.invstd.copy_(*args.running_var);
+  const auto vector = [&] { return at::empty({channels}, acc_options(like)); };
+  BatchNormStats stats{vector(), vector(), vector()};
+  const at::Tensor mean = channel_vector(args.running_mean, like, channels, 0.0);
+  const at::Tensor var = channel_vector(args.running_var, like, channels, 1.0);
+  const at::Tensor weight = given(args.weight) ? channel_vector(args.weight, like, channels, 1.0) : at::Tensor();
   dispatch_float("batch_norm_act", like.scalar_type(), [&](auto tag) {
     using A = acc_t<typename decltype(tag)::type>;
-    A* v = data<A>(stats.invstd);
-    for (int64_t c = 0; c < channels; ++c) v[c] = A(1) / std::sqrt(v[c] + A(args.eps));
+    const A *m = const_data<A>(mean), *v = const_data<A>(var), *w = const_data<A>(weight);
+    A *to_mean = data<A>(stats.mean), *invstd = data<A>(stats.invstd), *scale = data<A>(stats.scale);
+    for (int64_t c = 0; c < channels; ++c) {
+      to_mean[c] = m[c];
+      invstd[c] = A(1) / std::sqrt(v[c] + A(args.eps));
+      scale[c] = w == nullptr ? invstd[c] : invstd[c] * w[c];
+    }
   });
   return stats;
 }
@@ -115,23 +127,27 @@ BatchNormStats eval_stats(const at::Tensor& like, int64_t channels, const BatchN
 BatchNormStats batch_norm_forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& out,
                                   const BatchNormArgs& args, Act act) {
   const int64_t channels = x.size(1);
-  const at::Tensor weight = channel_vector(args.weight, x, channels, 1.0);
   const at::Tensor shift = channel_vector(args.bias, x, channels, 0.0);
   if (!args.training) {
     BatchNormStats stats = eval_stats(x, channels, args);
-    channel_affine(x, out, {}, residual, stats.mean, stats.invstd.mul(weight), shift, act);
+    channel_affine(x, out, {}, residual, stats.mean, stats.scale, shift, act);
     return stats;
   }
+  const at::Tensor weight = channel_vector(args.weight, x, channels, 1.0);
   const int64_t rows = x.size(0) * x.size(2) * x.size(3);
-  BatchNormStats stats{at::zeros({channels}, acc_options(x)), at::zeros({channels}, acc_options(x))};
-  const at::Tensor m2 = at::empty({channels}, acc_options(x));
-  if (x.numel() > 0) {
-    dispatch_float("batch_norm_act", x.scalar_type(), [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      forward_training<T>(x, residual, weight, shift, stats.mean, m2, stats.invstd, out, args.eps, act);
-    });
-  }
-  update_running(args, stats.mean, m2, rows);
+  const auto vector = [&] { return at::empty({channels}, acc_options(x)); };
+  BatchNormStats stats{vector(), vector(), {}};
+  dispatch_float("batch_norm_act", x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    if (x.numel() == 0) {
+      stats.mean.zero_(), stats.invstd.zero_();
+      return update_running<A>(args, nullptr, nullptr, 0);
+    }
+    const Scratch<A> m2(channels);
+    forward_training<T>(x, residual, weight, shift, stats.mean, m2.get(), stats.invstd, out, args.eps, act);
+    update_running<A>(args, const_data<A>(stats.mean), m2.get(), rows);
+  });
   return stats;
 }
 

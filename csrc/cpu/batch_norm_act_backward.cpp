@@ -35,26 +35,26 @@ template <class T>
 struct Outputs {
   T* dx;
   T* dresidual;
+  acc_t<T>* dweight;
+  acc_t<T>* dbias;
   bool training;
-  bool weight_or_bias;
 };
 
 template <class T>
-void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, const at::Tensor& sums,
-              const at::Tensor& invstd) {
+void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, const acc_t<T>* inv) {
   using A = acc_t<T>;
   const int64_t channels = p.channels;
   const Spans s(rows, channels);
   const Kernels<T> kernels = pick<T>(p.act);
-  const bool need_sums = out.weight_or_bias || out.dresidual || (out.training && out.dx);
-  const at::Tensor partial = at::empty({s.spans, 2, channels}, sums.options());
-  const at::Tensor affine = at::zeros({2, channels}, sums.options());
-  A *sum = data<A>(sums), *sum_x = sum + channels, *part = data<A>(partial);
-  A *slope = data<A>(affine), *offset = slope + channels;
-  const A* inv = const_data<A>(invstd);
+  const bool need_sums = out.dweight || out.dbias || out.dresidual || (out.training && out.dx);
+  const Scratch<A> vectors(4 * channels);
+  A *sum = vectors.get(), *sum_x = sum + channels, *slope = sum_x + channels, *offset = slope + channels;
+  if (!out.training) std::fill(slope, slope + 2 * channels, A(0));  // dx = dy * scale
 
   const auto coefficients = [&](int64_t c0, int64_t c1) {
-    if (!out.training) return;  // dx = dy * scale
+    if (out.dbias) std::copy(sum + c0, sum + c1, out.dbias + c0);
+    for (int64_t c = c0; out.dweight && c < c1; ++c) out.dweight[c] = sum_x[c] * inv[c];  // sum dy * xhat
+    if (!out.training) return;
     for (int64_t c = c0; c < c1; ++c) {
       slope[c] = -p.scale[c] * inv[c] * inv[c] * sum_x[c] / A(rows);
       offset[c] = -p.scale[c] * sum[c] / A(rows);
@@ -81,6 +81,8 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
     return;
   }
   if (need_sums) {
+    const Scratch<A> partial(s.spans * 2 * channels);
+    A* part = partial.get();
     parallel_spans(s, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
       A* mine = part + 2 * i * channels;
       kernels.sums(&p, r0, r1, c0, c1, mine, mine + channels, out.dresidual);
@@ -99,30 +101,40 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
 
 }  // namespace
 
-at::Tensor batch_norm_backward(const at::Tensor& g, const at::Tensor& x, const at::Tensor& y,
-                               const at::Tensor& residual, const OptTensor& weight, const OptTensor& bias,
-                               const at::Tensor& mean, const at::Tensor& invstd, bool training, Act act,
-                               const at::Tensor& dx, const at::Tensor& dresidual, bool weight_or_bias) {
+std::tuple<at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& g, const at::Tensor& x, const at::Tensor& y,
+                                                       const at::Tensor& residual, const OptTensor& weight,
+                                                       const OptTensor& bias, const at::Tensor& mean,
+                                                       const at::Tensor& invstd, bool training, Act act,
+                                                       const at::Tensor& dx, const at::Tensor& dresidual,
+                                                       std::array<bool, 2> weight_bias) {
   const int64_t channels = x.size(1);
-  const at::Tensor scale = channel_vector(weight, x, channels, 1.0).mul(invstd);
-  const at::Tensor shift = channel_vector(bias, x, channels, 0.0);
-  const at::Tensor sums = at::zeros({2, channels}, acc_options(x));
-  if (x.numel() == 0) return sums;
+  const at::Tensor gamma = channel_vector(weight, x, channels, 1.0), beta = channel_vector(bias, x, channels, 0.0);
+  const auto wanted = [&](bool want) { return want ? at::empty({channels}, acc_options(x)) : at::Tensor(); };
+  const at::Tensor dweight = wanted(weight_bias[0]), dbias = wanted(weight_bias[1]);
+  if (x.numel() == 0) {
+    for (const at::Tensor& t : {dweight, dbias})
+      if (t.defined()) t.zero_();
+    return {dweight, dbias};
+  }
   dispatch_float("batch_norm_act_backward", x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
+    const A *inv = const_data<A>(invstd), *w = const_data<A>(gamma);
+    const Scratch<A> scale(channels);
+    for (int64_t c = 0; c < channels; ++c) scale.get()[c] = w[c] * inv[c];
     const BatchNormGrad<T> p{const_data<T>(g),
                              const_data<T>(x),
                              const_data<T>(y),
                              const_data<T>(residual),
                              const_data<A>(mean),
-                             const_data<A>(scale),
-                             const_data<A>(shift),
+                             scale.get(),
+                             const_data<A>(beta),
                              channels,
                              act};
-    backward<T>(p, x.numel() / channels, {data<T>(dx), data<T>(dresidual), training, weight_or_bias}, sums, invstd);
+    backward<T>(p, x.numel() / channels, {data<T>(dx), data<T>(dresidual), data<A>(dweight), data<A>(dbias), training},
+                inv);
   });
-  return sums;
+  return {dweight, dbias};
 }
 
 namespace {
@@ -146,13 +158,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
   const auto none = [&] { return no_tensor(input.options()); };
   const at::Tensor dx = output_mask[0] ? empty_nhwc(input.sizes(), input.options(), format) : at::Tensor();
   const at::Tensor dres = output_mask[1] ? empty_nhwc(input.sizes(), input.options(), format) : at::Tensor();
-  const at::Tensor inv = invstd.contiguous();
-  const at::Tensor sums = batch_norm_backward(g, x, y, res, weight, bias, mean.contiguous(), inv, training, act, dx,
-                                              dres, output_mask[2] || output_mask[3]);
+  const auto [dgamma, dbeta] = batch_norm_backward(g, x, y, res, weight, bias, mean.contiguous(), invstd.contiguous(),
+                                                   training, act, dx, dres, {output_mask[2], output_mask[3]});
   const at::ScalarType weight_type = given(weight) ? weight->scalar_type() : acc_type(input.scalar_type());
-  // dweight = sum dy * xhat, and xhat = (x - mean) * invstd
-  const at::Tensor dweight = output_mask[2] ? sums[1].mul(inv).to(weight_type) : none();
-  const at::Tensor dbias = output_mask[3] ? sums[0].to(weight_type, false, true) : none();
+  const at::Tensor dweight = output_mask[2] ? dgamma.to(weight_type) : none();
+  const at::Tensor dbias = output_mask[3] ? dbeta.to(weight_type) : none();
   return {output_mask[0] ? to_format(dx, format) : none(), output_mask[1] ? to_format(dres, format) : none(), dweight,
           dbias};
 }

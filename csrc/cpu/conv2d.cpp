@@ -114,9 +114,10 @@ bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
 
 void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
                      const at::Tensor& addend, const at::Tensor& grad_input) {
-  const bool done = with_rows(p, grad_input, ConvPass::input_grad, [&](auto tag) {
+  const bool done = with_rows(p, grad_input, weight, ConvPass::input_grad, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
-    rows_input_grad<T>(p, const_data<T>(grad_output), const_data<T>(weight), nullptr,
+    using W = typename decltype(wide)::type;
+    rows_input_grad<T>(p, const_data<T>(grad_output), const_data<W>(weight), nullptr,
                        {data<T>(grad_input), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr});
   });
   if (done) return;
@@ -136,11 +137,12 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
   if (p.n == 0) return made();
   const at::Tensor x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor out;
-  const bool done = with_rows(p, x, ConvPass::forward, [&](auto tag) {
+  const bool done = with_rows(p, x, w, ConvPass::forward, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(wide)::type;
     const ConvEpilogue& e = epilogue;
     out = made();
-    rows_forward<T>(p, const_data<T>(x), const_data<T>(w), e.packed,
+    rows_forward<T>(p, const_data<T>(x), const_data<W>(w), e.packed,
                     {data<T>(out), data<T>(e.pre), const_data<T>(e.residual), const_data<float>(e.scale),
                      const_data<float>(e.shift), e.act, const_data<float>(e.mean)});
   });
@@ -153,7 +155,7 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
     bias = rest.shift.to(x.scalar_type());
     rest.shift = at::Tensor();
   }
-  out = aten_forward(p, x, w, bias);
+  out = aten_forward(p, x, w.to(x.scalar_type()), bias);
   const at::Tensor to = rest.out.defined() ? rest.out : out;
   if (rest.empty()) {
     if (!to.is_same(out)) to.copy_(out);
@@ -176,24 +178,26 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
   const at::Tensor dy = nhwc(grad_output), x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor dx, dw;
   if (output_mask[0]) {
-    output_mask[0] = !with_rows(p, x, ConvPass::input_grad, [&](auto tag) {
+    output_mask[0] = !with_rows(p, x, w, ConvPass::input_grad, [&](auto tag, auto wide) {
       using T = typename decltype(tag)::type;
+      using W = typename decltype(wide)::type;
       dx = empty_nhwc(x.sizes(), x.options(), format_x);
-      rows_input_grad<T>(p, const_data<T>(dy), const_data<T>(w), nullptr,
+      rows_input_grad<T>(p, const_data<T>(dy), const_data<W>(w), nullptr,
                          {data<T>(dx), nullptr, nullptr, nullptr, nullptr, Act::identity, nullptr});
     });
   }
   if (output_mask[1]) {
-    output_mask[1] = !with_rows(p, x, ConvPass::weight_grad, [&](auto tag) {
+    output_mask[1] = !with_rows(p, x, w, ConvPass::weight_grad, [&](auto tag, auto wide) {
       using T = typename decltype(tag)::type;
+      using W = typename decltype(wide)::type;
       dw = at::empty(w.sizes(), w.options(), kLast);
-      rows_weight_grad<T, T>(p, const_data<T>(dy), const_data<T>(x), data<T>(dw));
+      rows_weight_grad<T, W>(p, const_data<T>(dy), const_data<T>(x), data<W>(dw));
     });
   }
   if (output_mask[0] || output_mask[1]) {
-    auto [aten_dx, aten_dw] = aten_backward(p, dy, x, w, output_mask);
+    auto [aten_dx, aten_dw] = aten_backward(p, dy, x, w.to(x.scalar_type()), output_mask);
     if (output_mask[0]) dx = aten_dx;
-    if (output_mask[1]) dw = aten_dw;
+    if (output_mask[1]) dw = aten_dw.to(w.scalar_type());
   }
   return {dx.defined() ? to_format(dx, format_x) : dx, dw.defined() ? to_format(dw, format_w) : dw};
 }

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <tuple>
+#include <type_traits>
 
 #include "../host/conv2d_check.h"
 #include "conv_rows.h"
@@ -24,8 +25,8 @@ struct ConvEpilogue {
   }
 };
 
-// input in any layout, weight in any layout; the result is dense NHWC in memory, with `format`'s strides where that is
-// the same bytes.
+// input in any layout, weight in any layout, of the input's dtype or float32 with bfloat16 input; the result is dense
+// NHWC in memory, with `format`'s strides where that is the same bytes.
 at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::Tensor& weight,
                         const ConvEpilogue& epilogue, at::MemoryFormat format);
 
@@ -49,7 +50,19 @@ bool with_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass, const F&
   return true;
 }
 
-// Gradients in the layouts of input and weight; undefined where not asked for.
+// The same with a second tag, of the weights' type.
+template <class F>
+bool with_rows(const ConvParams& p, const at::Tensor& x, const at::Tensor& weight, ConvPass pass, const F& run) {
+  return with_rows(p, x, pass, [&](auto tag) {
+    if (weight.scalar_type() == at::kFloat) {
+      run(tag, TypeTag<float>{});
+    } else if constexpr (std::is_same_v<typename decltype(tag)::type, bf16>) {
+      run(tag, tag);
+    }
+  });
+}
+
+// Gradients in the layouts and dtypes of input and weight; undefined where not asked for.
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,
                                                  const at::Tensor& input, const at::Tensor& weight,
                                                  std::array<bool, 2> output_mask);

@@ -2,8 +2,9 @@
 //
 //   conv2d_bias_act   y = act(conv(x, w) + bias + residual)
 //   conv2d_bn_act     y = act(batch_norm(conv(x, w) + bias) + residual)
-// In eval mode without saving, batch norm is the affine map (v - mean) * invstd * weight + bias' of the convolution's
-// own epilogue.
+// The weight is of the input's dtype, or float32 with bfloat16 input (autocast without a copy of the weights); its
+// gradient has its dtype. In eval mode without saving, batch norm is the affine map (v - mean) * invstd * weight +
+// bias' of the convolution's own epilogue.
 
 #include <torch/library.h>
 
@@ -20,7 +21,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_bias_act(const at::Tensor& input, cons
                                                    c10::string_view activation, bool save_preact) {
   constexpr const char* op = "conv2d_bias_act";
   const PlainDispatch guard;
-  const ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups);
+  const ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups, true);
   const Act act = parse_act(op, {activation.data(), activation.size()});
   const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
   check_residual(op, residual, input, sizes);
@@ -42,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv2d_bn_act(
     bool save_for_backward) {
   constexpr const char* op = "conv2d_bn_act";
   const PlainDispatch guard;
-  const ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups);
+  const ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups, true);
   const Act act = parse_act(op, {activation.data(), activation.size()});
   const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
   check_residual(op, residual, input, sizes);
@@ -56,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv2d_bn_act(
     BatchNormStats stats = eval_stats(input, p.k, args);
     // (conv + bias - mean) * scale + shift
     epilogue.mean = given(bias) ? stats.mean.sub(channel_vector(bias, input, p.k, 0.0)) : stats.mean;
-    epilogue.scale = given(bn_weight) ? stats.invstd.mul(channel_vector(bn_weight, input, p.k, 1.0)) : stats.invstd;
+    epilogue.scale = stats.scale;
     if (given(bn_bias)) epilogue.shift = channel_vector(bn_bias, input, p.k, 0.0);
     epilogue.residual = res;
     epilogue.act = act;
@@ -77,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
                                                    std::array<bool, 2> output_mask) {
   constexpr const char* op = "conv2d_backward";
   const PlainDispatch guard;
-  const ConvParams p = conv_backward_params(op, grad_output, input, weight, stride, padding, dilation, groups);
+  const ConvParams p = conv_backward_params(op, grad_output, input, weight, stride, padding, dilation, groups, true);
   auto [dx, dw] = conv_backward(p, grad_output, input, weight, output_mask);
   return {output_mask[0] ? dx : no_tensor(input.options()), output_mask[1] ? dw : no_tensor(weight.options())};
 }

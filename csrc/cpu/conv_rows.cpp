@@ -99,8 +99,8 @@ std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transpos
   return made;
 }
 
-template <class T>
-void run_rows(const ConvParams& p, bool transposed, const T* input, const T* weight, const void* packed,
+template <class T, class W>
+void run_rows(const ConvParams& p, bool transposed, const T* input, const W* weight, const void* packed,
               const RowsEpilogue<T>& e) {
   const RowsShape shape = tile_shape();
   const std::shared_ptr<const RowsPlanData> kept = kept_plan<T>(p, transposed, shape);
@@ -114,12 +114,12 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const T* wei
   const int64_t panels = (plan.columns + shape.columns - 1) / shape.columns;
   const double work = d.cost * panels * 16;
   const RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
-  const auto kernel = FASTCONV_ROWS_PICK(conv_rows<T>);
+  const auto kernel = FASTCONV_ROWS_PICK(conv_rows<T, W>);
 
   at::parallel_for(0, grid.panel_parts * grid.tile_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t i = part / grid.tile_parts, l = part % grid.tile_parts;
-      RowsTask<T> t{};
+      RowsTask<T, W> t{};
       t.plan = &plan;
       t.input = input;
       t.weight = weight;
@@ -185,14 +185,14 @@ bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool p
   return false;
 }
 
-template <class T>
-void rows_forward(const ConvParams& p, const T* x, const T* weight, const void* packed, const RowsEpilogue<T>& e) {
-  run_rows<T>(p, false, x, weight, packed, e);
+template <class T, class W>
+void rows_forward(const ConvParams& p, const T* x, const W* weight, const void* packed, const RowsEpilogue<T>& e) {
+  run_rows<T, W>(p, false, x, weight, packed, e);
 }
 
-template <class T>
-void rows_input_grad(const ConvParams& p, const T* dz, const T* weight, const void* packed, const RowsEpilogue<T>& e) {
-  run_rows<T>(p, true, dz, weight, packed, e);
+template <class T, class W>
+void rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const void* packed, const RowsEpilogue<T>& e) {
+  run_rows<T, W>(p, true, dz, weight, packed, e);
 }
 
 int64_t rows_packed_bytes(const ConvParams& p, int64_t element, ConvPass pass) {
@@ -373,14 +373,17 @@ void rows_weight_grad_blocks(const ConvParams& full, const T* dz, const T* x, bo
   });
 }
 
-#define FASTCONV_ROWS_INSTANTIATE(T)                                                                            \
-  template void rows_pack<T>(const ConvParams&, const T*, ConvPass, void*);                                     \
-  template void rows_forward<T>(const ConvParams&, const T*, const T*, const void*, const RowsEpilogue<T>&);    \
-  template void rows_input_grad<T>(const ConvParams&, const T*, const T*, const void*, const RowsEpilogue<T>&); \
-  template void rows_weight_grad<T, float>(const ConvParams&, const T*, const T*, float*);                      \
+#define FASTCONV_ROWS_PASSES(T, W)                                                                              \
+  template void rows_forward<T, W>(const ConvParams&, const T*, const W*, const void*, const RowsEpilogue<T>&); \
+  template void rows_input_grad<T, W>(const ConvParams&, const T*, const W*, const void*, const RowsEpilogue<T>&);
+#define FASTCONV_ROWS_INSTANTIATE(T)                                                       \
+  FASTCONV_ROWS_PASSES(T, T)                                                               \
+  template void rows_pack<T>(const ConvParams&, const T*, ConvPass, void*);                \
+  template void rows_weight_grad<T, float>(const ConvParams&, const T*, const T*, float*); \
   template void rows_weight_grad_blocks<T>(const ConvParams&, const T*, const T*, bool, const GradTaker&);
 FASTCONV_ROWS_INSTANTIATE(float)
 FASTCONV_ROWS_INSTANTIATE(bf16)
+FASTCONV_ROWS_PASSES(bf16, float)
 template void rows_weight_grad<bf16, bf16>(const ConvParams&, const bf16*, const bf16*, bf16*);
 
 }  // namespace fastconv::cpu

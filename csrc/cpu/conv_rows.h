@@ -42,12 +42,13 @@ void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed
 
 // y[n,p,q,k] = act((conv(x, w) - mean) * scale + shift + residual); e.out and what else e names. `packed` (or null:
 // `weight` is packed on the way).
-template <class T>
-void rows_forward(const ConvParams& p, const T* x, const T* weight, const void* packed, const RowsEpilogue<T>& e);
+// W: T, or float where T is bf16: then every weight is rounded as it is packed, and no bf16 copy of them is needed.
+template <class T, class W>
+void rows_forward(const ConvParams& p, const T* x, const W* weight, const void* packed, const RowsEpilogue<T>& e);
 
 // dx[n,h,w,c], every element written; e as above, for an addition to the gradient (residual) or a scale.
-template <class T>
-void rows_input_grad(const ConvParams& p, const T* dz, const T* weight, const void* packed, const RowsEpilogue<T>& e);
+template <class T, class W>
+void rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const void* packed, const RowsEpilogue<T>& e);
 
 // dw[k,r,s,c] (D: T, or float), every element written; exactly zero for taps that read no input.
 template <class T, class D>

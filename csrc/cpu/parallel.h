@@ -11,11 +11,26 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 
 namespace fastconv::cpu {
 
 constexpr int64_t kSerialElements = 16384;  // below: a parallel region (1-3 us) costs more than it saves
 constexpr int64_t kChannelBlock = 32;       // 128 bytes of fp32, 64 of bf16: threads never share a cache line
+
+// Uninitialised memory of one call. A tensor costs a microsecond, which is what the whole of a small batch norm takes.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : memory_(static_cast<A*>(::operator new(n * sizeof(A), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* get() const { return memory_; }
+
+ private:
+  A* memory_;
+};
 
 struct Spans {
   int64_t rows, channels;

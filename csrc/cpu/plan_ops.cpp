@@ -190,10 +190,9 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_into(const at::Tensor& gr
   check_output(op, "grad_input", grad_input, input, input.sizes());
   if (given(grad_residual)) check_output(op, "grad_residual", *grad_residual, input, input.sizes());
   const at::Tensor none;
-  const at::Tensor sums = batch_norm_backward(grad_output, input, saved.from_output ? *output : none,
-                                              saved.recompute ? or_none(residual) : none, weight, bias, mean, invstd,
-                                              true, saved.act, grad_input, or_none(grad_residual), true);
-  return {sums[1].mul(invstd), sums[0].clone()};
+  return batch_norm_backward(grad_output, input, saved.from_output ? *output : none,
+                             saved.recompute ? or_none(residual) : none, weight, bias, mean, invstd, true, saved.act,
+                             grad_input, or_none(grad_residual), {true, true});
 }
 
 }  // namespace

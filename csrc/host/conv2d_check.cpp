@@ -5,12 +5,14 @@
 namespace fastconv {
 
 ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptTensor& bias,
-                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                       bool wide_weight) {
   check_float(op, "input", input);
   check_dim(op, "input", input, 4);
   check_dim(op, "weight", weight, 4);
   check_device(op, "weight", weight, input);
-  check_dtype(op, "weight", weight, input.scalar_type());
+  if (!wide_weight || input.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kFloat)
+    check_dtype(op, "weight", weight, input.scalar_type());
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);
@@ -49,8 +51,8 @@ ConvParams conv_params(const char* op, const at::Tensor& input, const at::Tensor
 
 ConvParams conv_backward_params(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
                                 const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-                                at::IntArrayRef dilation, int64_t groups) {
-  const ConvParams p = conv_params(op, input, weight, {}, stride, padding, dilation, groups);
+                                at::IntArrayRef dilation, int64_t groups, bool wide_weight) {
+  const ConvParams p = conv_params(op, input, weight, {}, stride, padding, dilation, groups, wide_weight);
   check_device(op, "grad_output", grad_output, input);
   check_dtype(op, "grad_output", grad_output, input.scalar_type());
   check_sizes(op, "grad_output", grad_output, {p.n, p.k, p.p, p.q});

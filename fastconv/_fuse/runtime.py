@@ -117,7 +117,7 @@ def named(function: Callable) -> Callable:
 def is_norm_act(module: Any) -> bool:
     """Whether the module is a batch norm with ``drop`` and ``act`` inside; a subclass may compute something else."""
     kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" in NORM_ACT_CLASSES
+    return kind is not nn.BatchNorm2d and f"{kind.__module__}.{kind.__qualname__}" in NORM_ACT_CLASSES
 
 
 def _inner_activation(bn: Any) -> Any:

@@ -1,7 +1,8 @@
 """Which backend runs a call: the one that was named, or under "auto" the fastest measured one that can.
 
-:func:`select` answers every call from a dict (the operator, its settings, the signature of its tensors and of the
-thread). What is not in it goes the long way once:
+:func:`recall` answers every call from a dict, by the signature of the call and of the thread, before its arguments are
+checked: what an equal call before was found to be needs no second look. What is not in it goes the long way once,
+through the function's checks and then :func:`select`:
 
 1. The backends of the device's fixed order that can run the call; ``aten`` always can.
 2. FASTCONV_TUNE=0, deterministic algorithms, or nothing to choose from: the first of them.
@@ -22,6 +23,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,10 +60,19 @@ class Explained(BaseException):
         self.decision = decision
 
 
-# name given to use_backend -> key of a call -> backend
-_known: defaultdict[str, dict] = defaultdict(dict)
-# The same for calls that have to be measured and could not be yet: asked again, but only for the state they are in.
-_waiting: dict[tuple, str] = {}
+class Call(NamedTuple):
+    """A call as :func:`recall` finds it; settings (None: not known) and backend are those of an equal call before."""
+
+    op: str
+    key: Any  # None: not remembered
+    settings: tuple | None = None
+    backend: str = ""
+
+
+# name given to use_backend -> key of a call -> the call
+_known: defaultdict[str, dict[Any, Call]] = defaultdict(dict)
+# Backends of calls that have to be measured and could not be yet: asked again, but only for the state they are in.
+_waiting: dict[Any, str] = {}
 _measuring = threading.RLock()
 
 
@@ -82,13 +93,24 @@ def set_policy(new: Policy | None) -> Policy | None:
     return before
 
 
-def _signature_in_python(tensors: Sequence[Tensor | None]) -> tuple | None:
+def _typed(value: Any) -> Any:
+    """value as a part of a key: 1, True and 1.0 are three. TypeError where csrc/signature.cpp gives None."""
+    if type(value) in (tuple, list, torch.Size):
+        return tuple([_typed(v) for v in value])
+    if type(value) not in (bool, int, float, str, type(None)):
+        raise TypeError(type(value))
+    return type(value), value
+
+
+def _signature_in_python(op: str, tensors: Sequence[Tensor | None], arguments: tuple) -> tuple | None:
     """csrc/signature.cpp for an installation without the compiled extension."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
-    if any(t is not None and t.layout is not torch.strided for t in tensors):
+    if any(t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided) for t in tensors):
         return None
     return (
+        op,
+        _typed(arguments),
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
@@ -100,37 +122,58 @@ def _signature_in_python(tensors: Sequence[Tensor | None]) -> tuple | None:
 _signature = _ext.MODULE.signature if hasattr(_ext.MODULE, "signature") else _signature_in_python
 
 
-def select(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str, run: Callable) -> str:
-    """The backend that runs this call: "aten" where no other can.
+def _key(op: str, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Any:
+    # Forward-mode AD is a state of Python alone: the signature does not see it.
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    try:
+        return _signature(op, tensors, arguments)
+    except (TypeError, RuntimeError):  # symbolic sizes, or a layout without strides
+        return None
 
-    tensors, settings: the call's arguments in the order of ``run(backend, *tensors, *settings)``, which makes it.
+
+def recall(op: str, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Call:
+    """What was found out about an equal call before, which then needs no checks; else the call, for :func:`select`.
+
+    tensors, arguments: what the public function was given, autocast's casts made; nothing of it checked yet.
+    """
+    key = _key(op, tensors, arguments)
+    found = _known[registry._choice].get(key)
+    return Call(op, key) if found is None else found
+
+
+def select(call: Call, tensors: tuple[Tensor | None, ...], settings: tuple, limit: str, run: Callable) -> str:
+    """The backend that runs this call, whose arguments are checked: "aten" where no other can.
+
+    tensors, settings: the arguments in the order of ``run(backend, *tensors, *settings)``, which makes the call. The
+    tensors are those that :func:`recall` was asked about.
     limit: a reason, found by the caller, why no fused kernel of this operator covers the call ("" if none).
     """
+    op, key = call.op, call.key
+    if key is None:  # by the checked settings then: the caller's may have been numbers of another library
+        key = _key(op, tensors, settings)
     if torch.compiler.is_compiling():
         return _traced(op, tensors, settings, limit)
-    try:
-        key = (op, settings, limit, _signature(tensors))
-        found = _known[registry._choice].get(key)
-    except (TypeError, RuntimeError):  # symbolic sizes, or a layout without strides
-        key, found = None, None
-    # Forward-mode AD is a state of Python alone: the signature does not see it.
-    dual = torch.autograd.forward_ad._current_level >= 0
-    if found is not None and not dual:
-        return found
     explaining = getattr(measured.thread, "explaining", False)
-    if key is None or key[-1] is None or dual or explaining or measured.policy is not None:
+    if key is None or explaining or measured.policy is not None:
         decision = _decide(op, tensors, settings, limit, run)
         if explaining:
             raise Explained(decision)
         return decision.backend
+    found = _known[registry._choice].get(key)
+    if found is not None:
+        return found.backend
     waiting = _waiting.get(key) if registry._choice == "auto" else None
     if waiting is not None and unsettled(tensors):
         return waiting
     decision = _decide(op, tensors, settings, limit, run)
-    known = _known[registry._choice] if decision.settled else _waiting
-    if len(known) >= _MOST_KNOWN:
-        known.clear()
-    known[key] = decision.backend
+    if len(_known[registry._choice]) + len(_waiting) >= _MOST_KNOWN:
+        _known[registry._choice].clear()
+        _waiting.clear()
+    if decision.settled:
+        _known[registry._choice][key] = Call(op, key, settings, decision.backend)
+    else:
+        _waiting[key] = decision.backend
     return decision.backend
 
 

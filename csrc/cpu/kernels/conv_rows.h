@@ -54,8 +54,8 @@ struct RowWalker {
   }
 };
 
-template <class T>
-inline void fill_tile(const RowsTask<T>& t, RowWalker& walk, int n_rows, const char** table, int64_t* at,
+template <class T, class W>
+inline void fill_tile(const RowsTask<T, W>& t, RowWalker& walk, int n_rows, const char** table, int64_t* at,
                       char* gathered) {
   const RowsPlan& p = *t.plan;
   for (int i = 0; i < n_rows; ++i) {
@@ -77,8 +77,8 @@ inline void fill_tile(const RowsTask<T>& t, RowWalker& walk, int n_rows, const c
   }
 }
 
-template <class T>
-void conv_rows(const RowsTask<T>& t) {
+template <class T, class W>
+void conv_rows(const RowsTask<T, W>& t) {
   const RowsPlan& p = *t.plan;
   constexpr int64_t kMaxTiles = 32;
   int64_t at[kMaxTiles][kTileRows];
@@ -91,9 +91,9 @@ void conv_rows(const RowsTask<T>& t) {
       for (int64_t j = j0; j < j1; ++j) {
         char* to = t.panels + (j - j0) * p.panel_bytes;
         if (t.transposed)
-          pack_transpose(t.weight, p.reduce, taps, p.columns, p.tap_live, j, to);
+          pack_transpose<T>(t.weight, p.reduce, taps, p.columns, p.tap_live, j, to);
         else
-          pack_forward(t.weight, p.columns, taps, p.reduce, p.tap_live, j, to);
+          pack_forward<T>(t.weight, p.columns, taps, p.reduce, p.tap_live, j, to);
       }
     }
     int64_t first = 0;  // index of the group's first tile
@@ -128,9 +128,9 @@ void pack_panels(const RowsPlan& p, const T* weight, bool transposed, int64_t be
   const int64_t taps = p.taps_r * p.taps_s;
   for (int64_t j = begin; j < end; ++j) {
     if (transposed)
-      pack_transpose(weight, p.reduce, taps, p.columns, p.tap_live, j, out + j * p.panel_bytes);
+      pack_transpose<T>(weight, p.reduce, taps, p.columns, p.tap_live, j, out + j * p.panel_bytes);
     else
-      pack_forward(weight, p.columns, taps, p.reduce, p.tap_live, j, out + j * p.panel_bytes);
+      pack_forward<T>(weight, p.columns, taps, p.reduce, p.tap_live, j, out + j * p.panel_bytes);
   }
 }
 

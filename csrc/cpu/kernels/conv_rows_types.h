@@ -60,12 +60,12 @@ struct RowsEpilogue {  // y = act((acc - mean) * scale + shift + residual); any 
   const float* mean = nullptr;
 };
 
-// One thread's share of a forward or data-gradient convolution.
-template <class T>
+// One thread's share of a forward or data-gradient convolution. W: T, or float where T is bf16.
+template <class T, class W>
 struct RowsTask {
   const RowsPlan* plan;
   const T* input;
-  const T* weight;     // [k][r][s][c]
+  const W* weight;     // [k][r][s][c]
   const char* packed;  // all panels, where the caller has packed them; null: `weight` is packed on the way
   bool transposed;     // data gradient: sum over k, columns c
   RowsEpilogue<T> epilogue;

@@ -43,7 +43,7 @@ inline void pack_rows(const T* const* rows, int64_t units, int64_t k0, int64_t k
 #if FASTCONV_VEC_BYTES == 64
     static_assert(kLanes == 2 * kTileRows, "a vector is two blocks");
     for (; k + kLanes <= k1; k += kLanes, to += 2 * stride) {
-      const u32v z = zip_units(lo + k, hi ? hi + k : nullptr, kLanes);
+      const u32v z = zip_units<T>(lo + k, hi ? hi + k : nullptr, kLanes);
       *(__m256i*)to = _mm512_castsi512_si256((__m512i)z);
       *(__m256i*)(to + stride) = _mm512_extracti64x4_epi64((__m512i)z, 1);
     }
@@ -72,11 +72,11 @@ inline void pack_columns(const T* const* rows, int64_t units, int64_t c0, int64_
     int64_t c = c0;
     for (; c + kTileCols <= c1; c += kTileCols, to += stride)
       for (int v = 0; v < kTileVecs; ++v)
-        ((u32v*)to)[v] = zip_units(lo + c + v * kLanes, hi ? hi + c + v * kLanes : nullptr, kLanes);
+        ((u32v*)to)[v] = zip_units<T>(lo + c + v * kLanes, hi ? hi + c + v * kLanes : nullptr, kLanes);
     if (c == c1) continue;
     for (int v = 0; v < kTileVecs; ++v, c += kLanes)
       ((u32v*)to)[v] =
-          c < c1 ? zip_units(lo + c, hi ? hi + c : nullptr, c1 - c < kLanes ? (int)(c1 - c) : kLanes) : u32v{};
+          c < c1 ? zip_units<T>(lo + c, hi ? hi + c : nullptr, c1 - c < kLanes ? (int)(c1 - c) : kLanes) : u32v{};
   }
 }
 

@@ -3,14 +3,16 @@
 // Weights w [k][taps][c] (KRSC). Panel j of the forward pass holds columns k = 32 j .., units (tap, c): a transpose of
 // 32-bit units, 16 x 16 at a time in registers (4 stages of 16 two-source permutes: 0.25 permutes per unit). Panel j of
 // the data gradient holds columns c = 32 j .., units (tap, k): a copy (fp32), or rows k and k + 1 zipped (bf16).
-// Columns and units past the end are zero. Weights of a whole network come from memory, in pieces of 64 to 128 bytes
-// a row apart, which no hardware prefetcher follows: so packing asks for the lines of the next 16 or 32 columns, at the
-// place in their rows where it is in these. All of ResNet50's convolutions at 32 px and batch 4 in turn, 2 cores of a
-// Zen 4, least of 3 medians, ms, without : with: forward fp32 7.0 : 5.6 (packed before 4.3), bf16 4.0 : 2.9 (2.2); data
-// gradient bf16 4.4 : 3.0; data gradient fp32, weights in place without packing 7.5, packed 6.1. At batch 1 in place
-// and packed are equal. The same lines asked for by the convolution before, while it multiplies: inference at batch 1
-// 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training step 4% slower: prefetches that come too early cost more than they
-// save. Bytes: the weights once in, the panel once out (L2); 1/rows of the arithmetic that reads it.
+// Columns and units past the end are zero. Weights W are of the panel's dtype T, or fp32 and rounded to bf16 on the way
+// (autocast: no copy of the weights in bf16 is made). Weights of a whole network come from memory, in pieces of 64 to
+// 128 bytes a row apart, which no hardware prefetcher follows: so packing asks for the lines of the next 16 or 32
+// columns, at the place in their rows where it is in these. All of ResNet50's convolutions at 32 px and batch 4 in
+// turn, 2 cores of a Zen 4, least of 3 medians, ms, without : with: forward fp32 7.0 : 5.6 (packed before 4.3),
+// bf16 4.0 : 2.9 (2.2); data gradient bf16 4.4 : 3.0; data gradient fp32, weights in place without packing 7.5,
+// packed 6.1. At batch 1 in place and packed are equal. The same lines asked for by the convolution before, while it
+// multiplies: inference at batch 1 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training step 4% slower: prefetches that come
+// too early cost more than they save. Bytes: the weights once in, the panel once out (L2); 1/rows of the arithmetic
+// that reads it.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
@@ -44,59 +46,90 @@ FASTCONV_INLINE void copy_pieces(const char* from, int64_t step, int64_t count, 
     for (int64_t b = 0; b < bytes; b += FASTCONV_VEC_BYTES) *(u32v_u*)(to + b) = *(const u32v_u*)(from + b);
 }
 
-// Units [u0, u1) of kLanes rows that start at `rows`, `stride` bytes apart, `n_rows` of them real; to columns of a
-// panel. A row ends after `stride` bytes: the last unit may be half a one. more: as many rows follow, and are asked
+template <class T>
+constexpr int kUnitElements = 4 / sizeof(T);
+
+// kLanes units of T from as many elements W, or from the first n (zeros behind).
+template <class T, class W>
+FASTCONV_INLINE u32v load_units(const W* p) {
+  if constexpr (sizeof(T) == sizeof(W)) {
+    return *(const u32v_u*)p;
+  } else {
+    const f32v low = Vec<W>::load(p), high = Vec<W>::load(p + kLanes);
+#ifdef FASTCONV_DPBF16
+    return (u32v)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    const u16v halves[2] = {narrow(T{}, low), narrow(T{}, high)};
+    u32v units;
+    __builtin_memcpy(&units, halves, sizeof units);
+    return units;
+#endif
+  }
+}
+template <class T, class W>
+FASTCONV_INLINE u32v load_units(const W* p, int64_t n) {
+  W elements[kLanes * kUnitElements<T>] = {};
+  __builtin_memcpy(elements, p, n * sizeof(W));
+  return load_units<T>(elements);
+}
+
+// Units [u0, u1) of kLanes rows that start at `rows`, `stride` elements apart, `n_rows` of them real; to columns of a
+// panel. A row ends after `stride` elements: the last unit may be half a one. more: as many rows follow, and are asked
 // for.
-inline void pack_transposed(const char* rows, int64_t stride, int n_rows, int64_t u0, int64_t u1, char* panel,
-                            bool more) {
+template <class T, class W>
+void pack_transposed(const W* rows, int64_t stride, int n_rows, int64_t u0, int64_t u1, char* panel, bool more) {
+  constexpr int E = kUnitElements<T>;
   for (int64_t u = u0; u < u1; u += kLanes) {
+    const W* from = rows + u * E;
     if (more) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(rows + (kLanes + i) * stride + u * 4, 0, 2);
+      for (int i = 0; i < kLanes; ++i) {
+        __builtin_prefetch(from + (kLanes + i) * stride, 0, 2);
+        if (sizeof(W) > sizeof(T)) __builtin_prefetch(from + (kLanes + i) * stride + kLanes, 0, 2);
+      }
     }
     const int n = u1 - u < kLanes ? (int)(u1 - u) : kLanes;
     u32v t[kLanes];
-    const int64_t bytes = stride - u * 4 < n * 4 ? stride - u * 4 : n * 4;
-    if (bytes == kLanes * 4 && n_rows == kLanes) {
+    const int64_t elements = stride - u * E < n * E ? stride - u * E : n * E;
+    if (elements == kLanes * E && n_rows == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) t[i] = *(const u32v_u*)(rows + i * stride + u * 4);
+      for (int i = 0; i < kLanes; ++i) t[i] = load_units<T>(from + i * stride);
     } else {
-      for (int i = 0; i < kLanes; ++i) {
-        t[i] = u32v{};
-        if (i < n_rows) __builtin_memcpy(&t[i], rows + i * stride + u * 4, bytes);
-      }
+      for (int i = 0; i < kLanes; ++i) t[i] = i < n_rows ? load_units<T>(from + i * stride, elements) : u32v{};
     }
     transpose(t);
     for (int i = 0; i < n; ++i) *(u32v*)(panel + (u + i) * kTileCols * 4) = t[i];
   }
 }
 
-// One vector of units from two rows of n elements (b is not read for fp32; null reads as zeros).
-FASTCONV_INLINE u32v zip_units(const float* a, const float*, int n) { return (u32v)load_lanes(a, n); }
-FASTCONV_INLINE u32v zip_units(const bf16* a, const bf16* b, int n) {
-  const u32v low = (u32v)load_lanes(a, n);
-  const u32v high = b ? (u32v)load_lanes(b, n) : u32v{};
-  return (low >> 16) | high;  // load_lanes() widens: the bits are in the upper half
+// One vector of units of T from two rows of n elements (b is not read for fp32; null reads as zeros).
+template <class T, class W>
+FASTCONV_INLINE u32v zip_units(const W* a, const W* b, int n) {
+  if constexpr (sizeof(T) == 4) {
+    return (u32v)load_lanes(a, n);
+  } else {
+    const auto upper = [n](const W* p) {  // the bits in the upper half of each lane, as load_lanes() widens them
+      const f32v x = load_lanes(p, n);
+      return (u32v)(sizeof(W) == sizeof(T) ? x : widen(bf16{}, narrow(bf16{}, x)));
+    };
+    return (upper(a) >> 16) | (b ? upper(b) : u32v{});
+  }
 }
 
-template <class T>
-constexpr int kUnitElements = 4 / sizeof(T);
-
-template <class T>
-void pack_forward(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_t* live, int64_t j, char* panel) {
+template <class T, class W>
+void pack_forward(const W* w, int64_t k, int64_t taps, int64_t c, const uint8_t* live, int64_t j, char* panel) {
   const int64_t tap_units = (c + kUnitElements<T> - 1) / kUnitElements<T>;
   for (int v = 0; v < kTileVecs; ++v) {
     const int64_t k0 = j * kTileCols + v * kLanes;
     const int n_rows = k - k0 >= kLanes ? kLanes : (k > k0 ? (int)(k - k0) : 0);
     char* to = panel + v * FASTCONV_VEC_BYTES;
-    const T* from = w + (n_rows ? k0 : 0) * taps * c;
+    const W* from = w + (n_rows ? k0 : 0) * taps * c;
     if (c % kUnitElements<T> == 0 || taps == 1) {
       for (int64_t tap = 0; tap < taps;) {
         int64_t end = tap;
         while (end < taps && live[end]) ++end;
         if (end > tap)
-          pack_transposed((const char*)from, taps * c * sizeof(T), n_rows, tap * tap_units, end * tap_units, to,
-                          k - k0 >= 2 * kLanes);
+          pack_transposed<T>(from, taps * c, n_rows, tap * tap_units, end * tap_units, to, k - k0 >= 2 * kLanes);
         tap = end + 1;
       }
       continue;
@@ -104,26 +137,25 @@ void pack_forward(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_t*
     // Odd channels of bf16: the last unit of every tap is half empty.
     for (int64_t u = 0; u < taps * tap_units; ++u) {
       for (int i = 0; i < kLanes; ++i) {
-        T pair[kUnitElements<T>] = {};
         const int64_t c0 = u % tap_units * kUnitElements<T>;
-        for (int h = 0; h < kUnitElements<T>; ++h)
-          if (i < n_rows && c0 + h < c) pair[h] = from[(i * taps + u / tap_units) * c + c0 + h];
-        __builtin_memcpy(to + (u * kTileCols + i) * 4, pair, 4);
+        const int64_t n = c - c0 < kUnitElements<T> ? c - c0 : kUnitElements<T>;
+        const u32v unit = load_units<T>(from + (i * taps + u / tap_units) * c + c0, i < n_rows ? n : 0);
+        __builtin_memcpy(to + (u * kTileCols + i) * 4, &unit, 4);
       }
     }
   }
 }
 
-template <class T>
-void pack_transpose(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_t* live, int64_t j, char* panel) {
+template <class T, class W>
+void pack_transpose(const W* w, int64_t k, int64_t taps, int64_t c, const uint8_t* live, int64_t j, char* panel) {
   constexpr int E = kUnitElements<T>;
   const int64_t tap_units = (k + E - 1) / E, c0 = j * kTileCols;
   for (int64_t u = 0; u < tap_units; ++u) {  // k outside, taps inside: a page of w is read at one time
     for (int64_t tap = 0; tap < taps; ++tap) {
       if (!live[tap]) continue;
-      const T* a = w + (u * E * taps + tap) * c;
-      const T* b = E == 2 && u * 2 + 1 < k ? a + taps * c : nullptr;
-      for (int i = 0; i < kTileCols; i += kLanes * E) {
+      const W* a = w + (u * E * taps + tap) * c;
+      const W* b = E == 2 && u * 2 + 1 < k ? a + taps * c : nullptr;
+      for (int i = 0; i < kTileCols; i += 64 / (int)sizeof(W)) {
         __builtin_prefetch(a + c0 + kTileCols + i, 0, 2);
         if (b) __builtin_prefetch(b + c0 + kTileCols + i, 0, 2);
       }
@@ -131,7 +163,7 @@ void pack_transpose(const T* w, int64_t k, int64_t taps, int64_t c, const uint8_
         const int64_t at = c0 + v * kLanes;
         const int n = c - at >= kLanes ? kLanes : (int)(c - at);
         u32v* to = (u32v*)(panel + ((tap * tap_units + u) * kTileCols + v * kLanes) * 4);
-        *to = n > 0 ? zip_units(a + at, b ? b + at : nullptr, n) : u32v{};
+        *to = n > 0 ? zip_units<T>(a + at, b ? b + at : nullptr, n) : u32v{};
       }
     }
   }
