@@ -19,15 +19,18 @@ def peers(path: Path, rows: list[dict]) -> None:
     """One bar per competitor and operation: geometric mean over the shapes of (best peer's time / its time)."""
     groups = list(dict.fromkeys((r["op"], r["dtype"]) for r in rows))
     names = list(dict.fromkeys(r["competitor"] for r in rows))
+    of = {g: [n for n in names if any((r["op"], r["dtype"], r["competitor"]) == (*g, n) for r in rows)] for g in groups}
+    height = 0.8 / max(map(len, of.values()))
+    bars: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for place, group in enumerate(groups):  # a group has bars of its own competitors alone, side by side
+        for i, name in enumerate(of[group]):
+            mine = [r["speedup"] for r in rows if (r["op"], r["dtype"], r["competitor"]) == (*group, name)]
+            bars[name][0].append(place + (i - (len(of[group]) - 1) / 2) * height)
+            bars[name][1].append(geomean(mine))
     figure, axes = plt.subplots(figsize=(10, 0.8 + 0.5 * len(groups)), layout="constrained")
-    height = 0.8 / len(names)
-    for place, name in enumerate(names):
-        values = []
-        for group in groups:
-            found = [r["speedup"] for r in rows if (r["op"], r["dtype"]) == group and r["competitor"] == name]
-            values.append(geomean(found) if found else 0)
-        at = [g + (place - (len(names) - 1) / 2) * height for g in range(len(groups))]
+    for name, (at, values) in bars.items():
         axes.barh(at, values, height, label=name, color=_color(name, names))
+    axes.margins(y=0.01)
     axes.axvline(1, color="grey", linewidth=1)
     axes.set_yticks(range(len(groups)), [f"{op} {dtype}" for op, dtype in groups], fontsize=8)
     axes.invert_yaxis()
@@ -63,10 +66,8 @@ def roofline(path: Path, rows: list[dict], rates: dict) -> bool:
     return True
 
 
-def steps(path: Path, rows: list[dict], title: str) -> bool:
-    """Milliseconds against batch size, a line per competitor, a panel per dtype, the floor drawn in. False: no data."""
-    if not rows:
-        return False
+def steps(path: Path, rows: list[dict], title: str) -> None:
+    """Milliseconds against batch size, a line per competitor, a panel per dtype, the floor drawn in."""
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     names = list(dict.fromkeys(r["competitor"] for r in rows))
     figure, panels = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.5), layout="constrained", squeeze=False)
@@ -84,13 +85,14 @@ def steps(path: Path, rows: list[dict], title: str) -> bool:
         floors = {int(r["shape"].split("x")[0]): r["us"] * r["floor_share"] / 1e3 for r in rows if r["dtype"] == dtype}
         if any(floors.values()):
             axes.plot(sorted(floors), [floors[b] for b in sorted(floors)], ":", color="grey", label="floor")
-        axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="ms", title=f"{title}, {dtype}")
+        axes.set(
+            xscale="log", yscale="log", xlabel="batch size", ylabel="ms", title=f"{title}, {rows[0]['op']}, {dtype}"
+        )
         axes.set_xticks(sorted(floors), [str(batch) for batch in sorted(floors)])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     _save(figure, path)
-    return True
 
 
 def _color(name: str, names: list[str]) -> str:

@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--seconds N] OUTDIR [PART...]
 #
 #   PART: info build fragments test sanitize tune ops train pdl   (the default: these, in this order)
-#         simt test_all ops_all train_fp32                        (by name only: they take longer)
+#         simt test_all ops_all train_fp32 compile                (by name only: they take longer)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log. Every part has a time limit, the default parts' add up
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.." || exit 2
 # Seconds, on 16 cores and one GPU. Estimates: no GPU has run them yet.
 declare -A LIMIT=(
   [info]=15 [build]=150 [fragments]=20 [test]=110 [sanitize]=80 [tune]=55 [ops]=65 [train]=60 [pdl]=30
-  [simt]=600 [test_all]=600 [ops_all]=600 [train_fp32]=60
+  [simt]=600 [test_all]=600 [ops_all]=600 [train_fp32]=60 [compile]=600
 )
 DEFAULT=(info build fragments test sanitize tune ops train pdl)
 
@@ -117,6 +117,17 @@ part_ops_all() {
   "$PYTHON" bench/all.py --device cuda --out "$out/bench" --minutes 9.5
 }
 
+# Whole networks against torch.compile in every mode; the rows lie beside those of ops_all, which has other peers.
+part_compile() {
+  local modes=(default reduce-overhead max-autotune) status=0
+  "$PYTHON" bench/train_step.py --device cuda --out "$out/bench_compile" --dtype bf16 --batch 4 128 1024 \
+    --compile "${modes[@]}" || status=1
+  "$PYTHON" bench/inference.py --device cuda --out "$out/bench_compile" --dtype bf16 --batch 1 128 \
+    --compile "${modes[@]}" || status=1
+  "$PYTHON" bench/page.py "$out/bench_compile" || status=1
+  return $status
+}
+
 train() { # precision, batch
   "$PYTHON" bench/train_cifar10.py --backend compare --dataset synthetic --precision "$1" --batch-size "$2" \
     --max-steps 50 --device cuda --report "$out/train_${1}_$2"
@@ -168,7 +179,7 @@ fi
 [ $# -gt 0 ] || set -- "${DEFAULT[@]}"
 for part in "$@"; do
   if [ -z "${LIMIT[$part]:-}" ]; then
-    echo "bench/gpu.sh: no part named $part (${DEFAULT[*]} simt test_all ops_all train_fp32)" >&2
+    echo "bench/gpu.sh: no part named $part (${DEFAULT[*]} simt test_all ops_all train_fp32 compile)" >&2
     exit 2
   fi
 done

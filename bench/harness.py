@@ -235,6 +235,30 @@ def geomean(values: Iterable[float]) -> float:
     return float(product) if values else float("nan")
 
 
+# The option of whole networks: torch.compile's modes, each a peer.
+COMPILE = {
+    "nargs": "*",
+    "metavar": "MODE",
+    "choices": ("default", "reduce-overhead", "max-autotune"),
+    "help": "torch.compile as a peer, in each of these modes (none named: default); minutes of compiling",
+}
+
+
+def of_models(subject: str, models: list[str]) -> str:
+    """The subject's name by the networks that it was run on: other ones lie beside ResNet50's file, not in it."""
+    return subject if models == ["resnet50"] else f"{subject}_models"
+
+
+def modes(chosen: list[str] | None) -> list[str]:
+    """The modes to measure of what `COMPILE` was given."""
+    return [] if chosen is None else chosen or ["default"]
+
+
+def compiled_name(mode: str, what: str) -> str:
+    """The competitor's name: "torch.compile nhwc", "torch.compile max-autotune nhwc"."""
+    return " ".join(["torch.compile", *([] if mode == "default" else [mode]), what])
+
+
 def arguments(description: str, **more) -> argparse.Namespace:
     """--device --out --seconds --dtype --quick: the same for every subject."""
     parser = argparse.ArgumentParser(description=description)

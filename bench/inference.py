@@ -9,12 +9,13 @@ turn with one call untimed and four timed: in service a network finds its own we
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
 
 import torch
 import torchvision
-from harness import DTYPES, Bench, Case, arguments
+from harness import COMPILE, DTYPES, Bench, Case, arguments, compiled_name, modes, of_models
 from shapes import network_work
 
 import fastconv
@@ -38,7 +39,9 @@ def trained_enough(name: str, size: int) -> torch.nn.Module:
     return model.eval()
 
 
-def competitors(model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
+def competitors(
+    model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype, compiled: list[str]
+) -> dict[str, Callable]:
     x = x.to(dtype)
     last = x.contiguous(memory_format=torch.channels_last)
 
@@ -50,14 +53,15 @@ def competitors(model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype, com
     with torch.no_grad():
         frozen = torch.jit.freeze(torch.jit.trace(own(), last))
     found["jit frozen nhwc"] = without_gradients(frozen, last)
-    if compiled:
+    for mode in compiled:
         from torch._inductor import config
 
         config.freezing = True
-        run, begin = without_gradients(torch.compile(own()), last), time.perf_counter()
+        run, begin = without_gradients(torch.compile(own(), mode=mode), last), time.perf_counter()
         run()
-        print(f"torch.compile: {time.perf_counter() - begin:.1f} s for the first call", flush=True)
-        found["torch.compile frozen"] = run
+        name = compiled_name(mode, "frozen")
+        print(f"{name}: {time.perf_counter() - begin:.1f} s for the first call", flush=True)
+        found[name] = run
     found["fastconv fuse"] = without_gradients(fastconv.fuse(own(), inplace=True), last)
     if dtype is not torch.float16:
         # From the fp32 model, as a user has it: batch norm is folded before anything is rounded.
@@ -71,24 +75,24 @@ def competitors(model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype, com
 def main() -> None:
     args = arguments(
         __doc__.split("\n")[0],
-        model={"default": "resnet50"},
+        model={"nargs": "*", "default": ["resnet50"]},
         batch={"type": int, "nargs": "*"},
         size={"type": int, "default": 32},
-        compile={"action": "store_true", "help": "torch.compile with freezing as a peer: about a minute of compiling"},
+        compile=COMPILE,
     )
-    bench = Bench("inference", args.device, max(args.seconds, 8.0) if not args.quick else 1.0, turn=4)
+    bench = Bench(
+        of_models("inference", args.model), args.device, max(args.seconds, 8.0) if not args.quick else 1.0, turn=4
+    )
     batches = args.batch or ([1] if args.quick else [1, 64] if args.device.type == "cpu" else [1, 64, 512])
-    model = trained_enough(args.model, args.size).to(args.device)
-    parameters = sum(p.numel() for p in model.parameters())
-    for dtype in [d for d in args.dtype if d != "fp16"]:
-        for batch in batches:
-            flops, outputs = network_work(args.model, batch, args.size)
+    for name in args.model:
+        model = trained_enough(name, args.size).to(args.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        for dtype, batch in itertools.product([d for d in args.dtype if d != "fp16"], batches):
+            flops, outputs = network_work(name, batch, args.size)
             x = torch.randn(batch, 3, args.size, args.size, device=args.device)
-            found = competitors(model, x, DTYPES[dtype], args.compile)
-            case = Case(
-                args.model, f"{batch}x{args.size}px", dtype, flops, (2 * outputs + parameters) * DTYPES[dtype].itemsize,
-                found,
-            )  # fmt: skip
+            found = competitors(model, x, DTYPES[dtype], modes(args.compile))
+            moved = (2 * outputs + parameters) * DTYPES[dtype].itemsize
+            case = Case(name, f"{batch}x{args.size}px", dtype, flops, moved, found)
             with torch.inference_mode():
                 oracle = copy.deepcopy(model).double()(x.double())
             case.check(oracle, limit=2e-3 if dtype == "fp32" else 0.25)  # bf16: fifty layers' rounding

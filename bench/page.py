@@ -38,13 +38,20 @@ def write(out: Path) -> None:
         words = [f"copy {best['copy']:.0f} GB/s"]
         words += [f"{name} matrix product {rate:.2f} TFLOP/s" for name, rate in best.items() if name != "copy"]
         text.append("Measured rates of the machine: " + ", ".join(words) + ".\n")
-    operators = {name: s for name, s in subjects.items() if name not in ("memory", "seeds", "train_step", "inference")}
+    networks = {
+        "train_step": "Training step",
+        "train_step_models": "Training step of other models",
+        "inference": "Inference",
+        "inference_models": "Inference with other models",
+    }
+    operators = {name: s for name, s in subjects.items() if name not in ("memory", "seeds", *networks)}
     if operators:
         text += ["## Operators\n", _operators(operators), _pictures(out, operators, best)]
-    for name, title in (("train_step", "Training step"), ("inference", "Inference")):
+    for name, title in networks.items():
         if name in subjects:
             text += [f"## {title}\n", _steps(subjects[name]["rows"])]
-            if draw.steps(out / f"{name}.png", subjects[name]["rows"], title):
+            if not name.endswith("_models"):
+                draw.steps(out / f"{name}.png", subjects[name]["rows"], title)
                 text.append(f"![{title}]({name}.png)\n")
     if "memory" in subjects:
         text += ["## Memory kept for the backward pass\n", _memory(subjects["memory"]["rows"])]

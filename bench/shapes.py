@@ -62,8 +62,7 @@ def network_work(model: str, batch: int, size: int) -> tuple[float, int]:
 
 def convolutions(model: str, batch: int, size: int) -> dict[Conv, int]:
     """Every distinct convolution of a torchvision classifier and how often it occurs, in order of appearance."""
-    with torch.device("meta"):
-        net = getattr(torchvision.models, model)().eval()
+    net = getattr(torchvision.models, model)().eval().to("meta")
     found: Counter[Conv] = Counter()
 
     def note(module: nn.Conv2d, inputs, _output) -> None:

@@ -1,10 +1,10 @@
 """One training step of ResNet50 at 32 px (or another torchvision classifier): forward, loss, backward, SGD.
 
 Peers: eager PyTorch in both layouts with its fused optimizer, under autocast for bf16; with --compile also
-torch.compile (its compile time is printed apart), on a GPU eager PyTorch in a CUDA graph. Ours: fuse(model) with
-ordinary autograd and the same optimizer, and fastconv.TrainStep around it. Every competitor starts from the same
-weights, and their first losses are compared before anything is timed. On a CPU each takes its turn with one step
-untimed and two timed: in training a network finds its own weights in the caches, not another's.
+torch.compile in the modes named (compile times are printed apart), on a GPU eager PyTorch in a CUDA graph. Ours:
+fuse(model) with ordinary autograd and the same optimizer, and fastconv.TrainStep around it. Every competitor starts
+from the same weights, and their first losses are compared before anything is timed. On a CPU each takes its turn with
+one step untimed and two timed: in training a network finds its own weights in the caches, not another's.
 
 FLOPs: three passes over the convolutions, taps over padding not counted. Least bytes: every convolution's output
 written and read forward, read again and its gradient written and read backward; weights and momentum read and written.
@@ -13,13 +13,14 @@ written and read forward, read again and its gradient written and read backward;
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from harness import DTYPES, Bench, Case, arguments
+from harness import COMPILE, DTYPES, Bench, Case, arguments, compiled_name, modes, of_models
 from shapes import network_work
 
 import fastconv
@@ -46,9 +47,14 @@ def stepper(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, dtype: tor
     return step
 
 
-def competitors(name: str, batch: int, size: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict:
+def competitors(
+    name: str, batch: int, size: int, dtype: torch.dtype, device: torch.device, compiled: list[str]
+) -> dict:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, num_classes=10).to(device).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the first losses are compared
     x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(0, 10, (batch,), device=device)
     last = x.contiguous(memory_format=torch.channels_last)
     half = None if dtype is torch.float32 else dtype
@@ -62,9 +68,9 @@ def competitors(name: str, batch: int, size: int, dtype: torch.dtype, device: to
         stock = own()
         graphed = fastconv.TrainStep(stock, F.cross_entropy, optimizer_of(stock), autocast_dtype=half)
         found["eager nhwc, graph"] = lambda: graphed(last, y)
-    if compiled:
+    for mode in compiled:
         stock = own()
-        found["torch.compile nhwc"] = stepper(stock, last, y, dtype, torch.compile(stock))
+        found[compiled_name(mode, "nhwc")] = stepper(stock, last, y, dtype, torch.compile(stock, mode=mode))
     found["fastconv fuse"] = stepper(fastconv.fuse(own(), inplace=True), last, y, dtype)
     ours = fastconv.fuse(own(), inplace=True)
     planned = fastconv.TrainStep(ours, F.cross_entropy, optimizer_of(ours), autocast_dtype=half)
@@ -97,22 +103,23 @@ def check_losses(found: dict[str, Callable], dtype: torch.dtype) -> None:
 def main() -> None:
     args = arguments(
         __doc__.split("\n")[0],
-        model={"default": "resnet50"},
+        model={"nargs": "*", "default": ["resnet50"]},
         batch={"type": int, "nargs": "*"},
         size={"type": int, "default": 32},
-        compile={"action": "store_true", "help": "torch.compile as a peer: minutes of compiling on a CPU"},
+        compile=COMPILE,
     )
-    bench = Bench("train_step", args.device, max(args.seconds, 12.0) if not args.quick else 1.0, turn=2)
+    bench = Bench(
+        of_models("train_step", args.model), args.device, max(args.seconds, 12.0) if not args.quick else 1.0, turn=2
+    )
     batches = args.batch or ([4] if args.quick else [4, 64] if args.device.type == "cpu" else [4, 128, 512, 1024])
-    parameters = sum(p.numel() for p in torchvision.models.get_model(args.model, num_classes=10).parameters())
-    for dtype in [d for d in args.dtype if d != "fp16"]:
-        for batch in batches:
-            flops, outputs = network_work(args.model, batch, args.size)
-            found = competitors(args.model, batch, args.size, DTYPES[dtype], args.device, args.compile)
-            check_losses(found, DTYPES[dtype])
-            moved = 5 * outputs * DTYPES[dtype].itemsize + 16 * parameters
-            bench.run(Case(args.model, f"{batch}x{args.size}px", dtype, 3 * flops, moved, found))
-            bench.save(args.out)
+    for model, dtype, batch in itertools.product(args.model, [d for d in args.dtype if d != "fp16"], batches):
+        parameters = sum(p.numel() for p in torchvision.models.get_model(model, num_classes=10).parameters())
+        flops, outputs = network_work(model, batch, args.size)
+        found = competitors(model, batch, args.size, DTYPES[dtype], args.device, modes(args.compile))
+        check_losses(found, DTYPES[dtype])
+        moved = 5 * outputs * DTYPES[dtype].itemsize + 16 * parameters
+        bench.run(Case(model, f"{batch}x{args.size}px", dtype, 3 * flops, moved, found))
+        bench.save(args.out)
 
 
 if __name__ == "__main__":

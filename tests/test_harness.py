@@ -1,7 +1,8 @@
-"""bench/harness.py: how the competitors' calls are counted and rotated."""
+"""bench/harness.py and page.py: how the competitors are counted and rotated, and what the page makes of their rows."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -27,3 +28,55 @@ def test_turn_is_one_untimed_call_and_then_the_timed_ones(turn):
     for i in range(len(rounds) // per_round):
         mine = rounds[i * per_round : (i + 1) * per_round]
         assert mine == [name for name in order[i % 3] for _ in range(run)]
+
+
+def test_modes_of_torch_compile():
+    def parse(*words):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--compile", **harness.COMPILE)
+        return harness.modes(parser.parse_args(words).compile)
+
+    assert parse() == [] and parse("--compile") == ["default"]
+    assert parse("--compile", "default", "max-autotune") == ["default", "max-autotune"]
+    with pytest.raises(SystemExit):
+        parse("--compile", "fast")
+    assert harness.compiled_name("default", "nhwc") == "torch.compile nhwc"
+    assert harness.compiled_name("max-autotune", "nhwc") == "torch.compile max-autotune nhwc"
+    assert not harness.compiled_name("default", "nhwc").startswith(harness.OURS), "it counts as a peer"
+
+
+def test_the_page_has_a_section_for_each_file(tmp_path):
+    """Operators with different peers, networks, other networks in a file of their own."""
+    page = pytest.importorskip("page", reason="bench/page.py draws with matplotlib", exc_type=ImportError)
+
+    def row(op, shape, competitor, speedup):
+        return {
+            "op": op, "shape": shape, "dtype": "fp32", "competitor": competitor, "us": 1e3 / speedup, "p20": 1.0, "p80": 1.0,
+            "tflops": 1.0, "gb_s": 2.0, "floor_share": 0.5, "best_peer": "eager", "speedup": speedup, "error": 0.0,
+            "rounds": 9, "quiet": True, "count": 1,
+        }  # fmt: skip
+
+    environment = {
+        "device": {"name": "A machine", "detail": "2 threads"},
+        "versions": {"torch": "2", "python": "3"},
+        "git": {"commit": "0123456789", "dirty": False},
+        "rates": {"copy": 10.0, "fp32": 0.1},
+    }
+    files = {
+        "conv": [row("conv", "s", "eager nchw", 0.5), row("conv", "s", "eager nhwc", 1.0), row("conv", "s", "fastconv", 2.0)],
+        "loss": [row("loss", "s", "eager", 1.0), row("loss", "s", "fastconv", 0.8)],
+        "train_step": [row("resnet50", f"{b}x32px", c, s) for b in (4, 64) for c, s in (("eager", 1.0), ("fastconv", 3.0))],
+        harness.of_models("train_step", ["vgg16"]): [row("vgg16", "16x32px", "fastconv fuse", 1.25)],
+    }  # fmt: skip
+    assert harness.of_models("train_step", ["resnet50"]) == "train_step" and "train_step_models" in files
+    for subject, rows in files.items():
+        harness.save_rows(tmp_path, subject, environment, rows)
+    page.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "commit 0123456" in text and "| conv | fp32 | 1 | 2.00 | 2.00 (s) | 2.00 (s) | 0 |" in text
+    assert "| loss | fp32 | 1 | 0.80 | 0.80 (s) | 0.80 (s) | 1 |" in text, "a defeat is counted"
+    assert "| resnet50 64x32px | fp32 | **fastconv** | 0.33 |" in text
+    other = text.split("## Training step of other models")[1]
+    assert "| vgg16 16x32px | fp32 | **fastconv fuse** | 0.80 | 20,000 | 1.25 |" in other and ".png" not in other
+    for picture in ("peers", "roofline", "train_step"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 1000 and f"({picture}.png)" in text
