@@ -1,4 +1,4 @@
-"""Convolution and batch norm in a training plan.
+"""Convolution, batch norm and large linear layers in a training plan.
 
 A convolution's weight gradient is consumed by the optimizer while it lies in cache, after the data gradient has read
 the old weights.
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import SAVES_OUTPUT, BackwardLowering
-from .forward import geometry
+from .backward import FLOAT32, SAVES_OUTPUT, BackwardLowering
+from .forward import PIXEL, as_filter, as_pixel, geometry, is_pixelwise
 from .network import Node, Refused
 from .program import Buffer
 
@@ -90,19 +90,62 @@ class TrainingLowering(BackwardLowering):
             into = before if own else self.own(value)
             self.build.call("fastconv_plan::conv2d_input_grad", [dz, used, before, shape, into])
             self.grad_at[value] = into
+        skip = weight.requires_grad and self.updates(weight) and self._skips_dead(node)
+        self._weight_gradient(weight, dz, x, used, shape, skip)
+
+    def _linear(self, node: Node, x: Any) -> Any:
+        layer, build = node.module, self.build
+        if not is_pixelwise(layer):
+            return super()._linear(node, x)
+        weight, bias, filters = layer.weight, layer.bias, as_filter(self.half(layer.weight))
+        pixels = as_pixel(build, x, node.inputs[0].shape)
+        out = build.buffer((*node.output.shape, 1, 1), self.dtype)
+        shift = None if bias is None else bias.detach()
+        build.call(
+            "fastconv_plan::conv2d", [pixels, filters, None, None, None, shift, None, PIXEL, "identity", None, out]
+        )
+
+        def backward(grad: Any) -> None:
+            dz = as_pixel(build, grad, node.output.shape)
+            if self.wants(node.inputs[0]):
+                into = build.buffer((*node.inputs[0].shape, 1, 1), self.dtype)
+                build.call("fastconv_plan::conv2d_input_grad", [dz, filters, None, PIXEL, into])
+                self.give(node.inputs[0], build.returning("aten::reshape", [into, list(node.inputs[0].shape)]))
+            self._weight_gradient(weight, dz, pixels, filters, PIXEL, False)
+            if bias is not None and bias.requires_grad:
+                total = build.returning("aten::sum.dim_IntList", [grad, [0], False, FLOAT32])
+                self.gradient(bias, total)
+
+        self.tape.append((node, backward))
+        return build.returning("aten::reshape", [out, list(node.output.shape)])
+
+    def _weight_gradient(self, weight: Tensor, dz: Any, x: Any, used: Tensor, shape: list[int], skip: bool) -> None:
+        """Emits the gradient of a parameter, into p.grad or with its update; ``used`` has the sizes of a filter."""
         if not weight.requires_grad:
             return
         if self.optimizer is None:
-            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, self.kept(weight)])
+            kept = self.kept(weight).view_as(used) if weight.dim() == 2 else self.kept(weight)
+            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, kept])
         elif self.updates(weight):
             state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
-            half = used if id(weight) in self.halves else None
-            skip = self._skips_dead(node)
+            parameter, half = weight.detach(), used if id(weight) in self.halves else None
+            if weight.dim() == 2:
+                parameter, state = as_filter(parameter), [as_filter(t) for t in state]
             self.build.call(
                 "fastconv_plan::conv2d_weight_grad_update",
-                [dz, x, used, shape, weight.detach(), state, half, self.optimizer.groups[index][2],
-                 self.optimizer.kind, skip],
-            )  # fmt: skip
+                [
+                    dz,
+                    x,
+                    used,
+                    shape,
+                    parameter,
+                    state,
+                    half,
+                    self.optimizer.groups[index][2],
+                    self.optimizer.kind,
+                    skip,
+                ],
+            )
 
     def _skips_dead(self, node: Node) -> bool:
         """Whether the update may leave out the taps that read padding alone, and notes the state that this rests on."""

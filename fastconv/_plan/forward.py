@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .network import Node, Refused, Value
 from .program import Buffer, Builder, Slot
@@ -32,6 +32,25 @@ def geometry(node: Node) -> list[int]:
 def nhwc(build: Builder, value: Any) -> Slot:
     """The tensor in channels_last, itself where it is so."""
     return build.returning("aten::contiguous", [value, _CHANNELS_LAST])
+
+
+PIXEL = [1, 1, 0, 0, 1, 1, 1]  # the geometry of a linear layer as a convolution
+_LEAST_LINEAR = 1 << 16  # weights; below, a call of ATen costs less than the views around a convolution
+
+
+def is_pixelwise(layer: nn.Linear) -> bool:
+    """Whether a linear layer is lowered as a 1x1 convolution on one pixel: weights packed, updated as they come."""
+    return layer.weight.numel() >= _LEAST_LINEAR and min(layer.weight.shape) >= 32 and layer.weight.is_contiguous()
+
+
+def as_filter(matrix: Tensor) -> Tensor:
+    """[out, in] as [out, in, 1, 1]."""
+    return matrix.view(*matrix.shape, 1, 1)
+
+
+def as_pixel(build: Builder, x: Any, shape: tuple[int, ...]) -> Slot:
+    """[n, features] as [n, features, 1, 1]."""
+    return nhwc(build, build.returning("aten::reshape", [x, [*shape, 1, 1]]))
 
 
 def nhwc_weight(weight: Tensor) -> Tensor:

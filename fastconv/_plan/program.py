@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64  # bytes: a cache line, and a vector
+# Operators whose result may be their input's memory.
+_MAY_BE_VIEWS = {
+    "aten::contiguous", "aten::narrow", "aten::reshape", "aten::t", "aten::to.dtype", "aten::transpose.int",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -34,6 +38,7 @@ class Buffer:
 @dataclass(eq=False)
 class Slot:
     index: int
+    views: tuple[Buffer, ...] = ()  # buffers that the tensor may lie in: they live as long as it does
 
 
 @dataclass
@@ -82,16 +87,22 @@ class Builder:
     def call(self, op: str, arguments: list[Any], results: list[Slot | None] | None = None) -> None:
         """Appends a call of ``namespace::name`` or ``namespace::name.overload``."""
         name, _, overload = op.partition(".")
-        for value in arguments:
-            for part in value if isinstance(value, list) else (value,):
-                if isinstance(part, Buffer):
-                    part.first = len(self.calls) if part.first < 0 else part.first
-                    part.last = len(self.calls)
+        for buffer in self._buffers(arguments):
+            buffer.first = len(self.calls) if buffer.first < 0 else buffer.first
+            buffer.last = len(self.calls)
         self.calls.append(Call(name, overload, arguments, results or []))
+
+    @staticmethod
+    def _buffers(arguments: list[Any]) -> list[Buffer]:
+        """The buffers among the arguments, and those that slots among them may lie in."""
+        parts = [part for value in arguments for part in (value if isinstance(value, list) else (value,))]
+        return [b for p in parts for b in ((p,) if isinstance(p, Buffer) else getattr(p, "views", ()))]
 
     def returning(self, op: str, arguments: list[Any]) -> Slot:
         """The same for an operator with one result, which gets a slot of its own."""
         result = self.slot()
+        if op in _MAY_BE_VIEWS:
+            result.views = tuple(self._buffers(arguments))
         self.call(op, arguments, [result])
         return result
 
