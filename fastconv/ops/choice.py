@@ -138,6 +138,8 @@ def recall(op: str, tensors: tuple[Tensor | None, ...], arguments: tuple) -> Cal
     tensors, arguments: what the public function was given, autocast's casts made; nothing of it checked yet.
     """
     key = _key(op, tensors, arguments)
+    if key is None:
+        return Call(op, None)
     found = _known[registry._choice].get(key)
     return Call(op, key) if found is None else found
 
@@ -149,11 +151,11 @@ def select(call: Call, tensors: tuple[Tensor | None, ...], settings: tuple, limi
     tensors are those that :func:`recall` was asked about.
     limit: a reason, found by the caller, why no fused kernel of this operator covers the call ("" if none).
     """
-    op, key = call.op, call.key
-    if key is None:  # by the checked settings then: the caller's may have been numbers of another library
-        key = _key(op, tensors, settings)
+    op = call.op
     if torch.compiler.is_compiling():
         return _traced(op, tensors, settings, limit)
+    # None: by the checked settings then, for the caller's may have been numbers of another library.
+    key = call.key if call.key is not None else _key(op, tensors, settings)
     explaining = getattr(measured.thread, "explaining", False)
     if key is None or explaining or measured.policy is not None:
         decision = _decide(op, tensors, settings, limit, run)
