@@ -472,3 +472,30 @@ def test_buffers_share_memory():
     convs = [node for node in plan.network.nodes if node.op == "conv"]
     kept = sum(4 * math.prod(n.output.shape) * (1 if n.act == "identity" else 2) for n in convs)
     assert kept <= plan.arena_bytes < 1.5 * kept  # raw and activated outputs, and a few gradients at a time
+
+
+def test_the_optimizers_state_is_watched():
+    """Another tensor in it, or none, makes the plan anew; an entry of somebody else's parameter does not."""
+    ours, data = fastconv.fuse(net(), inplace=True), batches(1)
+    other = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([*ours.parameters(), other], 0.05, momentum=0.9)
+    step = fastconv.TrainStep(ours, F.cross_entropy, optimizer)
+
+    def plan():
+        step(*data[0])
+        assert step.plan_reason == ""
+        return next(reversed(step._plans.cache.values()))
+
+    first = plan()
+    optimizer.state[other] = {"momentum_buffer": torch.zeros(3)}
+    assert plan() is first and plan() is first
+    weight = ours[0].weight
+    optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    second = plan()
+    assert second is not first and optimizer.state[weight]["momentum_buffer"].abs().sum() > 0
+    optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+    third = plan()
+    assert third is not second and optimizer.state[weight]["momentum_buffer"].abs().sum() > 0
+    optimizer.state.clear()
+    assert plan() is not third and len(optimizer.state) >= len(list(ours.parameters()))
+    assert optimizer.state[weight]["momentum_buffer"].abs().sum() > 0

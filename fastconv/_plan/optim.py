@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -60,6 +61,14 @@ class PlannedOptimizer:
             for p in mine:
                 self.state[id(p)] = self._state(p, group)
         self.kinds = [self._kind_of(group) for group, _, _ in self.groups]
+        self.own = [(p, optimizer.state[p]) for _, mine, _ in self.groups for p in mine]
+        self.holders = list(optimizer.state.values())
+        self.held = [
+            (optimizer.state[p], name, tensor)
+            for _, mine, _ in self.groups
+            for p in mine
+            for name, tensor in zip(_STATE[self.kind], self.state[id(p)], strict=False)
+        ]
 
     def _kind_of(self, group: dict[str, Any]) -> tuple[bool, bool]:
         """What of a group's settings the calls depend on: whether there is state, and whether weights decay."""
@@ -96,15 +105,16 @@ class PlannedOptimizer:
         optimizer = self.optimizer
         if len(optimizer.param_groups) != len(self.groups):
             return True
-        for (group, mine, _), now, kind in zip(self.groups, optimizer.param_groups, self.kinds, strict=True):
+        for (group, _, _), now, kind in zip(self.groups, optimizer.param_groups, self.kinds, strict=True):
             if group is not now or self._kind_of(group) != kind:
                 return True
-            for p in mine:
-                held = optimizer.state.get(p, {})
-                for name, tensor in zip(_STATE[self.kind], self.state[id(p)], strict=False):
-                    if held.get(name) is not tensor:
-                        return True
-        return False
+        # The dicts are compared without looking each parameter up: a guard of every step.
+        now = optimizer.state.values()
+        if len(now) != len(self.holders) or not all(map(operator.is_, now, self.holders)):
+            if any(optimizer.state.get(p) is not holder for p, holder in self.own):
+                return True
+            self.holders = list(now)  # of parameters that are not the plan's
+        return any(holder.get(name) is not tensor for holder, name, tensor in self.held)
 
     def prepare(self) -> None:
         """Counts the step and writes the hyper-parameters of this step, schedulers' changes included."""
