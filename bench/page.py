@@ -25,8 +25,9 @@ def write(out: Path) -> None:
     if not subjects:
         return
     facts = next(iter(subjects.values()))["environment"]
+    at = {name: (s["environment"]["git"]["commit"] or "unknown")[:7] for name, s in subjects.items()}
+    commits = sorted(set(at.values()))
     device, versions = facts["device"], facts["versions"]
-    commits = sorted({(s["environment"]["git"]["commit"] or "unknown")[:7] for s in subjects.values()})
     text = [
         f"# {device['name']}\n",
         f"{device['detail']}; torch {versions['torch']}, Python {versions['python']}; commit {', '.join(commits)}. "
@@ -46,17 +47,21 @@ def write(out: Path) -> None:
     }
     operators = {name: s for name, s in subjects.items() if name not in ("memory", "seeds", *networks)}
     if operators:
-        text += ["## Operators\n", _operators(operators), _pictures(out, operators, best)]
+        scripts = ", ".join(f"`bench/{name}.py` at {at[name]}" for name in operators)
+        text += ["## Operators\n", f"{scripts}.\n", _operators(operators), _pictures(out, operators, best)]
     for name, title in networks.items():
         if name in subjects:
-            text += [f"## {title}\n", _steps(subjects[name]["rows"])]
+            script = name.removesuffix("_models")
+            text += [f"## {title}\n", f"`bench/{script}.py` at {at[name]}.\n", _steps(subjects[name]["rows"])]
             if not name.endswith("_models"):
                 draw.steps(out / f"{name}.png", subjects[name]["rows"], title)
                 text.append(f"![{title}]({name}.png)\n")
     if "memory" in subjects:
-        text += ["## Memory kept for the backward pass\n", _memory(subjects["memory"]["rows"])]
+        made = f"`bench/memory.py` at {at['memory']}.\n"
+        text += ["## Memory kept for the backward pass\n", made, _memory(subjects["memory"]["rows"])]
     if "seeds" in subjects:
-        text += ["## Training from several seeds\n", _seeds(subjects["seeds"]["rows"])]
+        made = f"`bench/seeds.py` at {at['seeds']}.\n"
+        text += ["## Training from several seeds\n", made, _seeds(subjects["seeds"]["rows"])]
     (out / "README.md").write_text("\n".join(text))
 
 

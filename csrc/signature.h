@@ -10,7 +10,7 @@ namespace fastconv {
 // and the number of threads. As bytes, for use as a dict's key; None where a size is symbolic, or where an argument is
 // neither None nor a plain bool, int, float, str, nor a tuple or list of these.
 //
-// The choice is looked up on every call: the same made in Python costs 5 us for nine tensors, this 0.5 us.
+// Looked up on every call: made in Python it costs 4.6 us for four tensors, here 0.3 us (2 cores of an AMD EPYC).
 pybind11::object signature(const pybind11::str& op, const pybind11::tuple& tensors, const pybind11::tuple& arguments);
 
 }  // namespace fastconv

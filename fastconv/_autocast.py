@@ -15,34 +15,24 @@ def enabled(like: Tensor) -> bool:
     return kind in _KINDS and torch.is_autocast_enabled(kind)
 
 
-def lower_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def convolution(input: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast's lower-precision operators see them; float64 and integers stay, as in stock autocast.
 
-    What is not a tensor stays too: the functions' checks come later.
+    A float32 weight stays too where the ``cpu`` kernels round it to bfloat16: they do so as they read it, and give its
+    gradient in float32, without a copy of the weight or a cast of its gradient. The other backends need :func:`like`.
+    What is not a tensor stays: the functions' checks come later.
     """
-    if not isinstance(tensors[0], Tensor) or not enabled(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple([_lower(t, dtype) for t in tensors])
+    if not isinstance(input, Tensor) or not enabled(input):
+        return input, weight, *others
+    dtype = torch.get_autocast_dtype(input.device.type)
+    input, *others = [_lower(t, dtype) for t in (input, *others)]
+    kept = isinstance(weight, Tensor) and weight.device == input.device and wide(input, weight)
+    return input, weight if kept else _lower(weight, dtype), *others
 
 
 def _lower(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     floating = isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64
     return t.to(dtype) if floating else t
-
-
-def convolution(input: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same for a convolution, whose float32 weight stays as it is where the ``cpu`` kernels round it to bfloat16.
-
-    They do so as they read it, and give its gradient in float32: no copy of the weights, no cast of their gradients.
-    The other backends need :func:`like`.
-    """
-    if not isinstance(input, Tensor) or not enabled(input):
-        return input, weight, *others
-    lowered = lower_precision(input, *others)
-    if isinstance(weight, Tensor) and weight.device == input.device and wide(lowered[0], weight):
-        return lowered[0], weight, *lowered[1:]
-    return lowered[0], _lower(weight, torch.get_autocast_dtype(input.device.type)), *lowered[1:]
 
 
 def wide(input: Tensor, weight: Tensor) -> bool:

@@ -334,11 +334,11 @@ def conv2d_bn_act(
     return _conv2d_bn_act(backend, *tensors, *settings, recompute=recompute)
 
 
-def _conv2d_bn_act(backend, *args, recompute=False):
-    input, weight, bias, residual, bn_weight, bn_bias, *stats = args[:9]
-    if backend != "cpu" and weight.dtype is not input.dtype:
+def _conv2d_bn_act(backend, input, weight, *rest, recompute=False):
+    if backend != "cpu":
         weight = autocast.like(input, weight)
-        args = (input, weight, *args[2:])
+    args = (input, weight, *rest)
+    bias, residual, bn_weight, bn_bias, *stats = args[2:9]
     if backend == "aten":
         out = F.conv2d(input, weight, bias, *args[9:13])
         return ops.aten.batch_norm_act(out, residual, bn_weight, bn_bias, *stats, *args[13:])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .forward import ATEN_ACTIVATIONS, Lowering, nhwc
 from .network import Network, Node, Refused, Value
@@ -159,12 +159,14 @@ class BackwardLowering(Lowering):
             if layer.weight.requires_grad:
                 turned = build.returning("aten::t", [grad])
                 self.gradient(layer.weight, build.returning("aten::mm", [turned, x]))
-            if layer.bias is not None and layer.bias.requires_grad:
-                total = build.returning("aten::sum.dim_IntList", [grad, [0], False, FLOAT32])
-                self.gradient(layer.bias, total)
+            self.linear_bias(layer, grad)
 
         self.tape.append((node, backward))
         return build.returning("aten::linear", [x, weight, bias])
+
+    def linear_bias(self, layer: nn.Linear, grad: Any) -> None:
+        if layer.bias is not None and layer.bias.requires_grad:
+            self.gradient(layer.bias, self.build.returning("aten::sum.dim_IntList", [grad, [0], False, FLOAT32]))
 
     def _max_pool(self, node: Node, x: Any) -> Any:
         o, offsets = node.options, self.build.slot()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import FLOAT32, SAVES_OUTPUT, BackwardLowering
+from .backward import SAVES_OUTPUT, BackwardLowering
 from .forward import PIXEL, as_filter, as_pixel, geometry, is_pixelwise
 from .network import Node, Refused
 from .program import Buffer
@@ -97,13 +97,8 @@ class TrainingLowering(BackwardLowering):
         layer, build = node.module, self.build
         if not is_pixelwise(layer):
             return super()._linear(node, x)
-        weight, bias, filters = layer.weight, layer.bias, as_filter(self.half(layer.weight))
-        pixels = as_pixel(build, x, node.inputs[0].shape)
-        out = build.buffer((*node.output.shape, 1, 1), self.dtype)
-        shift = None if bias is None else bias.detach()
-        build.call(
-            "fastconv_plan::conv2d", [pixels, filters, None, None, None, shift, None, PIXEL, "identity", None, out]
-        )
+        filters = as_filter(self.half(layer.weight))
+        pixels, out = self.pixelwise(node, x, filters, None)
 
         def backward(grad: Any) -> None:
             dz = as_pixel(build, grad, node.output.shape)
@@ -111,41 +106,27 @@ class TrainingLowering(BackwardLowering):
                 into = build.buffer((*node.inputs[0].shape, 1, 1), self.dtype)
                 build.call("fastconv_plan::conv2d_input_grad", [dz, filters, None, PIXEL, into])
                 self.give(node.inputs[0], build.returning("aten::reshape", [into, list(node.inputs[0].shape)]))
-            self._weight_gradient(weight, dz, pixels, filters, PIXEL, False)
-            if bias is not None and bias.requires_grad:
-                total = build.returning("aten::sum.dim_IntList", [grad, [0], False, FLOAT32])
-                self.gradient(bias, total)
+            self._weight_gradient(layer.weight, dz, pixels, filters, PIXEL, False)
+            self.linear_bias(layer, grad)
 
         self.tape.append((node, backward))
-        return build.returning("aten::reshape", [out, list(node.output.shape)])
+        return out
 
     def _weight_gradient(self, weight: Tensor, dz: Any, x: Any, used: Tensor, shape: list[int], skip: bool) -> None:
         """Emits the gradient of a parameter, into p.grad or with its update; ``used`` has the sizes of a filter."""
         if not weight.requires_grad:
             return
         if self.optimizer is None:
-            kept = self.kept(weight).view_as(used) if weight.dim() == 2 else self.kept(weight)
+            kept = as_filter(self.kept(weight))
             self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, kept])
         elif self.updates(weight):
             state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
-            parameter, half = weight.detach(), used if id(weight) in self.halves else None
-            if weight.dim() == 2:
-                parameter, state = as_filter(parameter), [as_filter(t) for t in state]
+            half = used if id(weight) in self.halves else None
             self.build.call(
                 "fastconv_plan::conv2d_weight_grad_update",
-                [
-                    dz,
-                    x,
-                    used,
-                    shape,
-                    parameter,
-                    state,
-                    half,
-                    self.optimizer.groups[index][2],
-                    self.optimizer.kind,
-                    skip,
-                ],
-            )
+                [dz, x, used, shape, as_filter(weight.detach()), [as_filter(t) for t in state], half,
+                 self.optimizer.groups[index][2], self.optimizer.kind, skip],
+            )  # fmt: skip
 
     def _skips_dead(self, node: Node) -> bool:
         """Whether the update may leave out the taps that read padding alone, and notes the state that this rests on."""

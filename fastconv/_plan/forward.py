@@ -44,8 +44,8 @@ def is_pixelwise(layer: nn.Linear) -> bool:
 
 
 def as_filter(matrix: Tensor) -> Tensor:
-    """[out, in] as [out, in, 1, 1]."""
-    return matrix.view(*matrix.shape, 1, 1)
+    """[out, in] as [out, in, 1, 1]; a filter as it is."""
+    return matrix.view(*matrix.shape, 1, 1) if matrix.dim() == 2 else matrix
 
 
 def as_pixel(build: Builder, x: Any, shape: tuple[int, ...]) -> Slot:
@@ -76,6 +76,16 @@ class Lowering:
 
     def own(self, value: Value) -> Buffer:
         return self.build.buffer(value.shape, self.dtype)
+
+    def pixelwise(self, node: Node, x: Any, filters: Tensor, packed: Tensor | None) -> tuple[Slot, Slot]:
+        """Emits a linear layer as a convolution; its input as pixels, and its output."""
+        build, bias = self.build, node.module.bias
+        pixels, out = as_pixel(build, x, node.inputs[0].shape), build.buffer((*node.output.shape, 1, 1), self.dtype)
+        shift = None if bias is None else bias.detach().float()
+        build.call(
+            "fastconv_plan::conv2d", [pixels, filters, packed, None, None, shift, None, PIXEL, "identity", None, out]
+        )
+        return pixels, build.returning("aten::reshape", [out, list(node.output.shape)])
 
     def _act(self, node: Node, x: Any) -> Any:
         op, options = ATEN_ACTIVATIONS[node.act]

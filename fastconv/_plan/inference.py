@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .flatten import Flattener
-from .forward import PIXEL, Lowering, as_filter, as_pixel, geometry, is_pixelwise, nhwc, nhwc_weight
+from .forward import PIXEL, Lowering, as_filter, geometry, is_pixelwise, nhwc, nhwc_weight
 from .network import Node
 
 
@@ -58,18 +58,10 @@ class InferenceLowering(Lowering):
     def _linear(self, node: Node, x: Any) -> Any:
         weight, bias = node.module.weight, node.module.bias
         if is_pixelwise(node.module):
-            filters, build = as_filter(self.weight(weight)), self.build
+            filters = as_filter(self.weight(weight))
             example = torch.empty((*node.inputs[0].shape, 1, 1), dtype=self.dtype)
             packed = torch.ops.fastconv_plan.conv2d_pack(example, filters, PIXEL)
-            out, shift = build.buffer((*node.output.shape, 1, 1), self.dtype), None
-            if bias is not None:
-                shift = bias.detach().float()
-            pixels = as_pixel(build, x, node.inputs[0].shape)
-            build.call(
-                "fastconv_plan::conv2d",
-                [pixels, filters, packed, None, None, shift, None, PIXEL, "identity", None, out],
-            )
-            return build.returning("aten::reshape", [out, list(node.output.shape)])
+            return self.pixelwise(node, x, filters, packed)[1]
         return self.build.returning(
             "aten::linear", [x, self.weight(weight), None if bias is None else self.weight(bias)]
         )
