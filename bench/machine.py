@@ -19,14 +19,19 @@ def device_facts(device: torch.device) -> dict:
         p = torch.cuda.get_device_properties(device)
         detail = f"sm_{p.major}{p.minor}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
         return {"type": "cuda", "name": p.name, "detail": detail}
-    name = platform.processor() or platform.machine()
+    name, flags = _cpu_facts()
+    detail = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return {"type": "cpu", "name": name, "detail": detail + (", AMX" if "amx_bf16" in flags else "")}
+
+
+def _cpu_facts() -> tuple[str, list[str]]:
+    """The processor's name and its instruction sets, as far as the system tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or an architecture that does not name itself there
-    detail = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return {"type": "cpu", "name": name, "detail": detail}
+    except OSError:  # not Linux
+        lines = []
+    facts = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
+    return facts.get("model name", platform.processor() or platform.machine()), facts.get("flags", "").split()
 
 
 def free_memory() -> int:
@@ -39,11 +44,16 @@ def free_memory() -> int:
 
 
 def slug(device: torch.device) -> str:
-    """The folder under bench/results: nvidia-h100-80gb-hbm3, cpu-amd-epyc-2-cores."""
+    """The folder under bench/results: nvidia-h100-80gb-hbm3, cpu-amd-epyc-2-cores, cpu-intel-xeon-amx-2-cores.
+
+    Virtual machines name every Xeon alike, and those with matrix instructions are another machine to bf16.
+    """
     facts = device_facts(device)
     name = re.sub(r"\(\w+\)|\bprocessor\b|\bcpu\b|@.*", " ", facts["name"], flags=re.IGNORECASE)
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return name if device.type == "cuda" else f"cpu-{name}-{os.cpu_count()}-cores"
+    if device.type == "cuda":
+        return name
+    return f"cpu-{name}{'-amx' if 'amx_bf16' in _cpu_facts()[1] else ''}-{os.cpu_count()}-cores"
 
 
 def versions() -> dict:

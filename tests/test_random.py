@@ -40,6 +40,9 @@ def convolutions(draw):
     # (test_conv2d_bias_act.py), but stock has to run here to be compared with.
     if max(dilation) > 1:
         assume(all(map(reads_data_everywhere, (h, w), kernel, stride, padding, dilation)))
+    # Stock's bf16 forward multiplies memory that nobody wrote here, on AMX (test_bf16_tiles.py).
+    span = w + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1
+    assume(stride[1] == 1 or kernel[1] == 1 or span >= stride[1])
     return Conv(
         "random", draw(st.integers(1, 4)), groups * draw(st.integers(1, 9)), h, w, groups * draw(st.integers(1, 11)),
         kernel, stride, padding, dilation, groups, draw(st.sampled_from(LAYOUTS)), draw(st.booleans()), draw(st.booleans()),
@@ -82,6 +85,9 @@ def test_conv2d_bn_act(backend, case, dtype, activation, training, seed):
     count = out.numel() // case.k
     # Few samples per channel make 1 / std, and with it every error, as large as it likes.
     assume(not training or count >= 8)
+    # One sample among zeros has a gradient of zero, but for epsilon: nothing is left of the terms that cancel.
+    axes = ((case.h, case.w), case.kernel, case.stride, case.padding, case.dilation)
+    assume(not training or all(map(reads_data_everywhere, *axes)))
     acc = torch.float64 if dtype is torch.float64 else torch.float32
     tensors |= {
         "running_mean": torch.randn(case.k, device=backend.device).to(acc),

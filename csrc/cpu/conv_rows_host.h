@@ -10,12 +10,43 @@
 #include <memory>
 #include <new>
 
+#include "isa.h"
+#include "kernels/conv_rows_plan.h"
 #include "kernels/conv_rows_types.h"
+
+// The active set's version of a kernel on T: tile registers are of bf16 alone.
+#if FASTCONV_X86
+#define FASTCONV_ROWS_PICK(T, ...)                                                           \
+  ([] {                                                                                      \
+    if constexpr (sizeof(T) == 2) {                                                          \
+      if (active_isa() == Isa::amx_bf16) return &::fastconv::cpu::amx_bf16::__VA_ARGS__;     \
+    }                                                                                        \
+    if (active_isa() >= Isa::avx512_bf16) return &::fastconv::cpu::avx512_bf16::__VA_ARGS__; \
+    return FASTCONV_PICK(__VA_ARGS__);                                                       \
+  }())
+#else
+#define FASTCONV_ROWS_PICK(T, ...) FASTCONV_PICK(__VA_ARGS__)
+#endif
 
 namespace fastconv::cpu::rows_host {
 
-constexpr int64_t kKeptBytes = 16 << 20;  // a larger buffer goes back at the next smaller request
-constexpr int64_t kGatherColumns = 512;   // of a gathered row: beyond, taps have channels enough of their own
+constexpr int64_t kPanelCache = 512 << 10;  // half of a 1 MB L2 for packed panels
+constexpr double kSerialWork = 1 << 18;     // multiply-adds; below, a parallel region (2-5 us) costs more than it saves
+constexpr int64_t kKeptBytes = 16 << 20;    // a larger buffer goes back at the next smaller request
+constexpr int64_t kGatherColumns = 512;     // of a gathered row: beyond, taps have channels enough of their own
+
+template <class T>
+inline bool tile_registers() {
+  return sizeof(T) == 2 && active_isa() == Isa::amx_bf16;
+}
+
+template <class T>
+inline RowsShape tile_shape() {
+  if (tile_registers<T>()) return {32, 32, 16};
+  if (active_isa() >= Isa::avx512) return {8, 32};
+  if (active_isa() == Isa::avx2) return {6, 16};
+  return {6, 8};
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

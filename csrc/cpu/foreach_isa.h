@@ -55,8 +55,8 @@
 #undef FASTCONV_VEC_BYTES
 #pragma GCC pop_options
 
-// FASTCONV_KERNELS_BF16: a fourth set, whose dot product of bf16 pairs the kernel file uses where FASTCONV_DPBF16 is
-// defined. Only matrix kernels gain from it.
+// FASTCONV_KERNELS_BF16: two more sets, whose dot product of bf16 pairs (FASTCONV_DPBF16) and matrix product of bf16
+// tiles (FASTCONV_AMX as well) the kernel file uses where they are defined. Only matrix kernels gain from them.
 #ifdef FASTCONV_KERNELS_BF16
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
@@ -68,6 +68,22 @@
 #include "kernels/act.h"
 //
 #include FASTCONV_KERNELS
+#undef FASTCONV_ISA_NS
+#undef FASTCONV_VEC_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target( \
+    "amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#define FASTCONV_ISA_NS amx_bf16
+#define FASTCONV_VEC_BYTES 64
+#define FASTCONV_AMX
+#include "kernels/vec.h"
+//
+#include "kernels/act.h"
+//
+#include FASTCONV_KERNELS
+#undef FASTCONV_AMX
 #undef FASTCONV_DPBF16
 #undef FASTCONV_ISA_NS
 #undef FASTCONV_VEC_BYTES

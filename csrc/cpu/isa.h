@@ -13,9 +13,9 @@
 namespace fastconv::cpu {
 
 // Ordered: each set contains the ones before it.
-enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
+enum class Isa : int { portable, avx2, avx512, avx512_bf16, amx_bf16 };
 
-// The best set that this machine has; FASTCONV_CPU_ISA=portable|avx2|avx512|avx512_bf16 lowers it. Read once.
+// The best set that this machine has; FASTCONV_CPU_ISA=portable|avx2|avx512|avx512_bf16|amx_bf16 lowers it. Read once.
 Isa active_isa();
 const char* isa_name(Isa isa);
 // Comma-separated names of the compiled sets.

@@ -83,6 +83,9 @@ void conv_rows(const RowsTask<T, W>& t) {
   constexpr int64_t kMaxTiles = 32;
   int64_t at[kMaxTiles][kTileRows];
   int rows_of[kMaxTiles];
+#ifdef FASTCONV_AMX
+  const TileRegisters registers;
+#endif
   const int64_t taps = p.taps_r * p.taps_s;
   for (int64_t j0 = t.panel_begin; j0 < t.panel_end; j0 += t.panels_at_once) {
     const int64_t j1 = j0 + t.panels_at_once < t.panel_end ? j0 + t.panels_at_once : t.panel_end;
@@ -102,20 +105,33 @@ void conv_rows(const RowsTask<T, W>& t) {
       int64_t tile = t.tile_begin > first ? t.tile_begin - first : 0;
       const int64_t end = t.tile_end - first < group.tiles ? t.tile_end - first : group.tiles;
       if (tile >= end) continue;
-      const int64_t base = group.rows / group.tiles,
-                    extra = group.rows % group.tiles;  // `extra` tiles have one row more
-      RowWalker walk(p, group, tile * base + (tile < extra ? tile : extra));
+      const int64_t grains = (group.rows + kGrain - 1) / kGrain;
+      const int64_t base = grains / group.tiles, extra = grains % group.tiles;  // `extra` tiles have one grain more
+      int64_t row = (tile * base + (tile < extra ? tile : extra)) * kGrain;
+      RowWalker walk(p, group, row);
       while (tile < end) {
         const int64_t n = end - tile < t.tiles_at_once ? end - tile : t.tiles_at_once;
         for (int64_t i = 0; i < n; ++i) {
-          rows_of[i] = (int)(base + (tile + i < extra));
+          const int64_t most = (base + (tile + i < extra)) * kGrain;
+          rows_of[i] = (int)(most < group.rows - row ? most : group.rows - row);
+          row += rows_of[i];
+#ifdef FASTCONV_AMX
+          fill_tile(t, walk, rows_of[i], t.table, at[i], t.gathered + i * kTileRows * gather_row_bytes(p.tap_units));
+          stage_rows(group, t.table, rows_of[i], t.sources + i * t.sources_tile, t.staged + i * t.staged_tile);
+#else
           fill_tile(t, walk, rows_of[i], t.table + i * t.table_tile, at[i],
                     t.gathered + i * kTileRows * gather_row_bytes(p.tap_units));
+#endif
         }
         for (int64_t j = j0; j < j1; ++j)
           for (int64_t i = 0; i < n; ++i)
+#ifdef FASTCONV_AMX
+            tile_rows_amx<T>(rows_of[i], t.sources + i * t.sources_tile, group.segments, group.n_segments,
+                             panels + (j - j0) * p.panel_bytes, t.epilogue, at[i], j * kTileCols, p.columns);
+#else
             tile_rows_any<T>(rows_of[i], t.table + i * t.table_tile, group.segments, group.n_segments,
                              panels + (j - j0) * p.panel_bytes, t.epilogue, at[i], j * kTileCols, p.columns);
+#endif
         tile += n;
       }
     }

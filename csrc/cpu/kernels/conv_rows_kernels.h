@@ -3,6 +3,20 @@
 //
 #include "gemm_tile_pack.h"
 //
-#include "conv_rows.h"
+#ifdef FASTCONV_AMX
+#include "gemm_tile_amx.h"
+#endif
+//
+#ifdef FASTCONV_WGRAD_KERNELS
+#ifdef FASTCONV_AMX
+#include "conv_rows_wgrad_amx.h"
+#endif
 //
 #include "conv_rows_wgrad.h"
+#else
+#include "conv_rows.h"
+#endif
+#ifdef FASTCONV_AMX
+#undef FASTCONV_TILE_ZERO
+#undef FASTCONV_TILE_FENCE
+#endif

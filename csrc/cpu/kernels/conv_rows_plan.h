@@ -2,7 +2,9 @@
 // torch, no kernels.
 //
 // Cost model, in cycles of one core, from the times in gemm_tile.h: a tile step costs 4 + rows / 2 (8 rows: 8; fewer
-// rows wait for latencies and for the panel), a tile 40 on top, packing a unit of a panel 12.
+// rows wait for latencies and for the panel), a tile 40 on top, packing a unit of a panel 12. Tile registers (grain
+// 16): 16 units of 16 rows and 32 columns are two products of 16 cycles, whatever the number of rows; 64 to write them
+// out.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +16,9 @@ namespace fastconv::cpu {
 
 struct RowsShape {  // of the register tile
   int64_t rows, columns;
+  int64_t grain = 1;  // tiles get multiples of this many rows
 };
+constexpr int64_t kTileUnits = 16;  // of a tile register's row
 
 struct RowsPlanData {
   RowsPlan plan;
@@ -24,16 +28,19 @@ struct RowsPlanData {
   std::vector<RowsClass> classes;
   std::vector<std::vector<RowsSegment>> segments;  // by group
   std::vector<RowsGroup> groups;
+  RowsShape shape{};
   int64_t max_segments = 1, tiles = 0;
-  double cost = 0;  // of all tiles of one panel
+  int64_t staged_units = 0;  // of a row: whole tile registers of every segment
+  double cost = 0;           // of all tiles of one panel
 
-  static double tile_cost(int64_t rows, int64_t tiles, int64_t units) {
+  static double tile_cost(RowsShape shape, int64_t rows, int64_t tiles, int64_t units) {
+    if (shape.grain > 1) return tiles * 40.0 + (rows + shape.grain - 1) / shape.grain * (64.0 + units * 2.0);
     return tiles * (40.0 + units * 4.0) + rows * units * 0.5;
   }
   double group_cost(int64_t g) const {
     int64_t units = 0;
     for (const RowsSegment& s : segments[g]) units += s.units;
-    return tile_cost(groups[g].rows, groups[g].tiles, units);
+    return tile_cost(shape, groups[g].rows, groups[g].tiles, units);
   }
   // The first of the tiles that come after `part` of the cost.
   int64_t tile_at(double part) const {
@@ -80,6 +87,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
   const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
   const int64_t in_h = transposed ? p.p : p.h, in_w = transposed ? p.q : p.w;
   const int64_t reduce = transposed ? p.k : p.c, columns = transposed ? p.c : p.k;
+  d.shape = shape;
   const RowsAxis ah(out_h, in_h, p.r, p.stride_h, p.pad_h, p.dil_h, transposed);
   const RowsAxis aw(out_w, in_w, p.s, p.stride_w, p.pad_w, p.dil_w, transposed);
   const int64_t taps = p.r * p.s;
@@ -101,7 +109,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
   };
   std::vector<Open> open;
   auto cost = [&](int64_t rows, int64_t live) {
-    return RowsPlanData::tile_cost(rows, (rows + shape.rows - 1) / shape.rows, live * tap_units);
+    return RowsPlanData::tile_cost(shape, rows, (rows + shape.rows - 1) / shape.rows, live * tap_units);
   };
   for (size_t i = 0; i < ah.live.size(); ++i) {
     for (size_t j = 0; j < aw.live.size(); ++j) {
@@ -158,6 +166,9 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
     d.groups[g].n_segments = static_cast<int32_t>(d.segments[g].size());
     d.max_segments = std::max<int64_t>(d.max_segments, d.groups[g].n_segments);
     d.tiles += d.groups[g].tiles;
+    int64_t units = 0;
+    for (const RowsSegment& s : d.segments[g]) units += (s.units + kTileUnits - 1) / kTileUnits * kTileUnits;
+    d.staged_units = std::max(d.staged_units, units);
   }
   RowsPlan& r = d.plan;
   r = RowsPlan{};

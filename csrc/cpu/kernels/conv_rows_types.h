@@ -22,6 +22,13 @@ struct RowsClass {
   int64_t nh, nw;
 };
 
+// Sixteen rows of one segment as tile registers load them (gemm_tile_amx.h): row i of the units [16 u, 16 u + 16) lies
+// at base + i * step + u * next.
+struct RowsSource {
+  const char* base;
+  int64_t step, next;
+};
+
 // Rows that are cut into tiles together: one class, or several small ones (then dead taps of a row read zeros).
 struct RowsGroup {
   const RowsClass* classes;
@@ -79,6 +86,11 @@ struct RowsTask {
   int64_t tiles_at_once;
   const char* zeros;  // tap_units zero units
   char* gathered;     // [tiles_at_once][tile rows][gather_row(tap_units)]
+  // With tile registers only: `table` is of one tile.
+  RowsSource* sources;   // [tiles_at_once][max segments][2]
+  int64_t sources_tile;  // entries of one tile
+  char* staged;          // [tiles_at_once], rows that do not lie evenly
+  int64_t staged_tile;   // bytes of one tile
 };
 
 // One thread's share of a weight gradient: dw[k0..k1)[tap_begin..tap_end)[c0..c1).
@@ -111,11 +123,12 @@ constexpr int64_t gather_row_bytes(int64_t units) { return (units * 4 + 63) / 64
 
 constexpr int64_t kWgradUnits =
     128;  // a row block of A is 8 KB and stays in L1 while it meets a few column blocks of B (32 KB each, from L2)
-constexpr int64_t kWgradK = 240;  // rows of A at once: 240 KB of L2; a multiple of 8 and of 6, the tile's rows
+constexpr int64_t kWgradK = 240;     // rows of A at once: 240 KB of L2; a multiple of 8 and of 6, the tile's rows
+constexpr int64_t kWgradKAmx = 256;  // with tile registers: of 32
 constexpr int64_t kWgradColumnBytes = 136 << 10;  // columns of B at once: 4 blocks of 256 units, or 128 of 8
 constexpr int64_t kWgradDirect =
     320;  // fp32 with fewer rows + columns is read where it lies: packing costs more than the longer strides
 constexpr int64_t kWgradTaps = 64;
-constexpr int64_t kWgradRowBytes = kWgradK * kWgradUnits * 4 + 64 * kWgradK;
+constexpr int64_t kWgradRowBytes = kWgradKAmx * kWgradUnits * 4 + 64 * kWgradKAmx;
 
 }  // namespace fastconv::cpu

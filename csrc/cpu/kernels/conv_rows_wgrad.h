@@ -32,6 +32,7 @@ FASTCONV_INLINE TapRange tap_range(int64_t out, int64_t in, int64_t stride,
   return {begin < end ? begin : end, end};
 }
 
+#ifndef FASTCONV_AMX  // else in conv_rows_wgrad_amx.h
 // A: [k block][unit][kTileRows] from rows of dz; blocks are `stride` bytes apart.
 template <class T>
 inline void pack_rows(const T* const* rows, int64_t units, int64_t k0, int64_t k1, char* a, int64_t stride) {
@@ -112,6 +113,7 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
     }
   }
 }
+#endif
 
 struct TapShift {  // where tap (r, s) reads, and the output positions that it serves
   int64_t dh, dw;
@@ -163,6 +165,7 @@ template <class T, class D>
 void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64_t ka, int64_t kb) {
   constexpr int E = kUnitElements<T>;
   constexpr int64_t kRows = kWgradUnits * E;
+  constexpr int64_t kWhole = kGrain * E;  // positions that are multiplied together
   const int64_t total = t.n * t.p * t.q, width = t.c1 - t.c0, all_taps = t.taps_r * t.taps_s, ld = all_taps * t.columns;
   const bool through_sum = sizeof(D) < 4 && total > kRows;  // partial sums must stay fp32
   const T **dz = t.rows, **x = t.rows + kRows;
@@ -173,7 +176,8 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
     const TapShift tap = tap_shift(t, taps[0]);
     summed = t.n * (tap.p.end - tap.p.begin) * (tap.q.end - tap.q.begin);
   }
-  const int64_t chunks = (summed + kRows - 1) / kRows, most = ((summed + chunks - 1) / chunks + E - 1) / E * E;
+  const int64_t chunks = (summed + kRows - 1) / kRows,
+                most = ((summed + chunks - 1) / chunks + kWhole - 1) / kWhole * kWhole;
   for (int64_t m0 = 0; m0 < total;) {
     int64_t next = m0;
     for (int i = 0; i < n_taps; ++i) {
@@ -183,8 +187,9 @@ void wgrad_taps(const WgradTask<T, D>& t, const int64_t* taps, int n_taps, int64
       next = n_taps == 1 ? m : m0 + most;
       if (rows == 0) continue;
       if (t.gather_r > 0) gather_rows(t, rows, x);
-      if (E == 2 && rows % 2) dz[rows] = x[rows] = nullptr;
-      const int64_t units = (rows + E - 1) / E;
+      int64_t whole = rows;
+      for (; whole % kWhole; ++whole) dz[whole] = x[whole] = nullptr;
+      const int64_t units = whole / E;
       D* out = t.dw + (ka * all_taps + taps[i]) * t.columns + t.c0;
       if constexpr (sizeof(D) < 4) {
         if (through_sum) {
@@ -227,8 +232,14 @@ FASTCONV_INLINE void zero_columns(const WgradTask<T, D>& t, D* to) {
 template <class T, class D>
 void conv_wgrad(const WgradTask<T, D>& t) {
   int64_t taps[kWgradTaps];
-  for (int64_t k = t.k0; k < t.k1; k += kWgradK) {
-    const int64_t k1 = k + kWgradK < t.k1 ? k + kWgradK : t.k1;
+#ifdef FASTCONV_AMX
+  constexpr int64_t kAtOnce = kWgradKAmx;
+  const TileRegisters registers;
+#else
+  constexpr int64_t kAtOnce = kWgradK;
+#endif
+  for (int64_t k = t.k0; k < t.k1; k += kAtOnce) {
+    const int64_t k1 = k + kAtOnce < t.k1 ? k + kAtOnce : t.k1;
     int n = 0;
     for (int64_t tap = t.tap_begin; tap < t.tap_end; ++tap) {
       const TapShift s = tap_shift(t, tap);

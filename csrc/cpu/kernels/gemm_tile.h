@@ -18,7 +18,13 @@
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
+#ifdef FASTCONV_AMX
+constexpr int kTileRows = 32;  // of bf16, in tile registers (gemm_tile_amx.h)
+constexpr int kGrain = 16;     // rows of one register: tiles get whole ones
+#else
 constexpr int kTileRows = FASTCONV_VEC_BYTES == 64 ? 8 : 6;
+constexpr int kGrain = 1;
+#endif
 constexpr int kTileVecs = 2;
 constexpr int kLanes = FASTCONV_VEC_BYTES / 4;
 constexpr int kTileCols = kTileVecs * kLanes;
