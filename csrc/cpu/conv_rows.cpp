@@ -105,7 +105,7 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
     input = widen_channels(input, p.n * (transposed ? p.p * p.q : p.h * p.w), channels, even<T>(channels));
   const RowsPlan& plan = d.plan;
   const int64_t panels = (plan.columns + shape.columns - 1) / shape.columns;
-  const double work = d.cost * panels * 16;
+  const double work = (d.cost + (packed != nullptr ? 0.0 : d.pack_cost)) * panels * 16;
   const RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
   const auto kernel = FASTCONV_ROWS_PICK(T, conv_rows<T, W>);
   const bool registers = tile_registers<T>();
@@ -124,8 +124,8 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
       t.panel_end = panels * (i + 1) / grid.panel_parts;
       t.tile_begin = d.tile_at(static_cast<double>(l) / grid.tile_parts);
       t.tile_end = l + 1 == grid.tile_parts ? d.tiles : d.tile_at(static_cast<double>(l + 1) / grid.tile_parts);
-      t.panels_at_once =
-          std::clamp<int64_t>(kPanelCache / plan.panel_bytes, 1, std::max<int64_t>(1, t.panel_end - t.panel_begin));
+      t.panels_at_once = std::clamp<int64_t>((transposed ? transposed_panel_cache() : kPanelCache) / plan.panel_bytes,
+                                             1, std::max<int64_t>(1, t.panel_end - t.panel_begin));
       t.table_tile = d.max_segments * shape.rows;
       t.sources_tile = d.max_segments * 2;
       t.staged_tile = registers ? shape.rows * d.staged_units * 4 : 0;

@@ -4,6 +4,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -46,6 +48,16 @@ inline RowsShape tile_shape() {
   if (active_isa() >= Isa::avx512) return {8, 32};
   if (active_isa() == Isa::avx2) return {6, 16};
   return {6, 8};
+}
+
+// Panels of the data gradient that are packed together: more of them read longer runs of the weights. Half of the L2.
+inline int64_t transposed_panel_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, kPanelCache, 4 * kPanelCache);
+  return bytes;
+#else
+  return kPanelCache;
+#endif
 }
 
 struct Free {

@@ -91,13 +91,10 @@ void conv_rows(const RowsTask<T, W>& t) {
     const int64_t j1 = j0 + t.panels_at_once < t.panel_end ? j0 + t.panels_at_once : t.panel_end;
     const char* panels = t.packed != nullptr ? t.packed + j0 * p.panel_bytes : t.panels;
     if (t.packed == nullptr) {
-      for (int64_t j = j0; j < j1; ++j) {
-        char* to = t.panels + (j - j0) * p.panel_bytes;
-        if (t.transposed)
-          pack_transpose<T>(t.weight, p.reduce, taps, p.columns, p.tap_live, j, to);
-        else
-          pack_forward<T>(t.weight, p.columns, taps, p.reduce, p.tap_live, j, to);
-      }
+      if (t.transposed)
+        pack_transpose<T>(t.weight, p.reduce, taps, p.columns, p.tap_live, j0, j1, t.panels, p.panel_bytes);
+      for (int64_t j = j0; j < j1 && !t.transposed; ++j)
+        pack_forward<T>(t.weight, p.columns, taps, p.reduce, p.tap_live, j, t.panels + (j - j0) * p.panel_bytes);
     }
     int64_t first = 0;  // index of the group's first tile
     for (int64_t g = 0; g < p.n_groups; first += p.groups[g].tiles, ++g) {
@@ -142,12 +139,11 @@ void conv_rows(const RowsTask<T, W>& t) {
 template <class T>
 void pack_panels(const RowsPlan& p, const T* weight, bool transposed, int64_t begin, int64_t end, char* out) {
   const int64_t taps = p.taps_r * p.taps_s;
-  for (int64_t j = begin; j < end; ++j) {
-    if (transposed)
-      pack_transpose<T>(weight, p.reduce, taps, p.columns, p.tap_live, j, out + j * p.panel_bytes);
-    else
-      pack_forward<T>(weight, p.columns, taps, p.reduce, p.tap_live, j, out + j * p.panel_bytes);
-  }
+  if (transposed)
+    pack_transpose<T>(weight, p.reduce, taps, p.columns, p.tap_live, begin, end, out + begin * p.panel_bytes,
+                      p.panel_bytes);
+  for (int64_t j = begin; j < end && !transposed; ++j)
+    pack_forward<T>(weight, p.columns, taps, p.reduce, p.tap_live, j, out + j * p.panel_bytes);
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS

@@ -32,6 +32,7 @@ struct RowsPlanData {
   int64_t max_segments = 1, tiles = 0;
   int64_t staged_units = 0;  // of a row: whole tile registers of every segment
   double cost = 0;           // of all tiles of one panel
+  double pack_cost = 0;      // of one panel
 
   static double tile_cost(RowsShape shape, int64_t rows, int64_t tiles, int64_t units) {
     if (shape.grain > 1) return tiles * 40.0 + (rows + shape.grain - 1) / shape.grain * (64.0 + units * 2.0);
@@ -188,6 +189,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
   r.panel_bytes = taps * tap_units * shape.columns * 4;
   r.tap_live = d.tap_live.data();
   for (int64_t g = 0; g < r.n_groups; ++g) d.cost += d.group_cost(g);
+  for (uint8_t live : d.tap_live) d.pack_cost += live * 12.0 * tap_units;
 }
 
 struct RowsGrid {
@@ -199,9 +201,7 @@ struct RowsGrid {
 // of whole rows find them in the cache of the core that wrote them (64 -> 256 on 64x8x8, bf16, two threads, between
 // other operators: 431 us by panels, 290 by rows).
 inline RowsGrid choose_rows_grid(const RowsPlanData& d, int64_t panels, int64_t threads, bool packed) {
-  int64_t live = 0;
-  for (uint8_t t : d.tap_live) live += t;
-  const double pack = packed ? 0.0 : 12.0 * live * d.plan.tap_units;
+  const double pack = packed ? 0.0 : d.pack_cost;
   int64_t rows = 0;
   for (const RowsGroup& g : d.groups) rows += g.rows;
   const double traffic = static_cast<double>(rows) * d.plan.tap_units * 4 / 8;

@@ -6,13 +6,16 @@
 // Columns and units past the end are zero. Weights W are of the panel's dtype T, or fp32 and rounded to bf16 on the way
 // (autocast: no copy of the weights in bf16 is made). Weights of a whole network come from memory, in pieces of 64 to
 // 128 bytes a row apart, which no hardware prefetcher follows: so packing asks for the lines of the next 16 or 32
-// columns, at the place in their rows where it is in these. All of ResNet50's convolutions at 32 px and batch 4 in
-// turn, 2 cores of a Zen 4, least of 3 medians, ms, without : with: forward fp32 7.0 : 5.6 (packed before 4.3),
-// bf16 4.0 : 2.9 (2.2); data gradient bf16 4.4 : 3.0; data gradient fp32, weights in place without packing 7.5,
-// packed 6.1. At batch 1 in place and packed are equal. The same lines asked for by the convolution before, while it
-// multiplies: inference at batch 1 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training step 4% slower: prefetches that come
-// too early cost more than they save. Bytes: the weights once in, the panel once out (L2); 1/rows of the arithmetic
-// that reads it.
+// columns, at the place in their rows where it is in these (data gradient: of the units eight further on). All of
+// ResNet50's convolutions at 32 px and batch 4 in turn, 2 cores of a Zen 4, least of 3 medians, ms, without : with:
+// forward fp32 7.0 : 5.6 (packed before 4.3), bf16 4.0 : 2.9 (2.2); data gradient bf16 4.4 : 3.0; data gradient fp32,
+// weights in place without packing 7.5, packed 6.1. At batch 1 in place and packed are equal. The same lines asked for
+// by the convolution before, while it multiplies: inference at batch 1 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training
+// step 4% slower: prefetches that come too early cost more than they save. Data gradient, several panels from one pass
+// over the weights instead of a pass each, 2 cores of an Intel Xeon with AMX, batch 4, ms: fp32 6.6 : 6.0, bf16 4.2
+// : 3.3, with 1 MB of panels instead of half 5.9 and 3.0; 16 units ahead as 8, 4 a twentieth slower. Padded panels
+// (their lines share cache sets) gained nothing, nor did zipping whole vectors. Bytes: the weights once in, the panel
+// once out (L2); 1/rows of the arithmetic that reads it.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
@@ -146,24 +149,32 @@ void pack_forward(const W* w, int64_t k, int64_t taps, int64_t c, const uint8_t*
   }
 }
 
+// Panels [j0, j1), from `out` on, panel_bytes apart. k outside, then taps, then panels: what is read of w at one time
+// lies side by side.
 template <class T, class W>
-void pack_transpose(const W* w, int64_t k, int64_t taps, int64_t c, const uint8_t* live, int64_t j, char* panel) {
+void pack_transpose(const W* w, int64_t k, int64_t taps, int64_t c, const uint8_t* live, int64_t j0, int64_t j1,
+                    char* out, int64_t panel_bytes) {
   constexpr int E = kUnitElements<T>;
-  const int64_t tap_units = (k + E - 1) / E, c0 = j * kTileCols;
-  for (int64_t u = 0; u < tap_units; ++u) {  // k outside, taps inside: a page of w is read at one time
+  constexpr int kAhead = 8;
+  const int64_t tap_units = (k + E - 1) / E;
+  for (int64_t u = 0; u < tap_units; ++u) {
     for (int64_t tap = 0; tap < taps; ++tap) {
       if (!live[tap]) continue;
       const W* a = w + (u * E * taps + tap) * c;
       const W* b = E == 2 && u * 2 + 1 < k ? a + taps * c : nullptr;
-      for (int i = 0; i < kTileCols; i += 64 / (int)sizeof(W)) {
-        __builtin_prefetch(a + c0 + kTileCols + i, 0, 2);
-        if (b) __builtin_prefetch(b + c0 + kTileCols + i, 0, 2);
-      }
-      for (int v = 0; v < kTileVecs; ++v) {
-        const int64_t at = c0 + v * kLanes;
-        const int n = c - at >= kLanes ? kLanes : (int)(c - at);
-        u32v* to = (u32v*)(panel + ((tap * tap_units + u) * kTileCols + v * kLanes) * 4);
-        *to = n > 0 ? zip_units<T>(a + at, b ? b + at : nullptr, n) : u32v{};
+      char* to = out + (tap * tap_units + u) * kTileCols * 4;
+      const int64_t ahead = kAhead * E * taps * c;
+      for (int64_t j = j0; j < j1; ++j, to += panel_bytes) {
+        const int64_t c0 = j * kTileCols;
+        for (int i = 0; i < kTileCols && u + kAhead < tap_units; i += 64 / (int)sizeof(W)) {
+          __builtin_prefetch(a + ahead + c0 + i, 0, 2);
+          if (b) __builtin_prefetch(b + ahead + c0 + i, 0, 2);
+        }
+        for (int v = 0; v < kTileVecs; ++v) {
+          const int64_t at = c0 + v * kLanes;
+          const int n = c - at >= kLanes ? kLanes : (int)(c - at);
+          ((u32v*)to)[v] = n > 0 ? zip_units<T>(a + at, b ? b + at : nullptr, n) : u32v{};
+        }
       }
     }
   }
