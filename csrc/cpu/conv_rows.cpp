@@ -109,6 +109,10 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
   const RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
   const auto kernel = FASTCONV_ROWS_PICK(T, conv_rows<T, W>);
   const bool registers = tile_registers<T>();
+  // Panels packed together: those of the data gradient read longer runs of the weights, and rows that are copied first
+  // (tile registers) meet more of them.
+  const bool wide = transposed || (registers && d.cost > d.pack_cost);
+  const int64_t panel_cache = wide ? wide_panel_cache() : kPanelCache;
 
   at::parallel_for(0, grid.panel_parts * grid.tile_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
@@ -116,6 +120,7 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
       RowsTask<T, W> t{};
       t.plan = &plan;
       t.input = input;
+      t.input_end = reinterpret_cast<const char*>(input) + plan.n_images * plan.image_bytes;
       t.weight = weight;
       t.packed = static_cast<const char*>(packed);
       t.transposed = transposed;
@@ -124,8 +129,8 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
       t.panel_end = panels * (i + 1) / grid.panel_parts;
       t.tile_begin = d.tile_at(static_cast<double>(l) / grid.tile_parts);
       t.tile_end = l + 1 == grid.tile_parts ? d.tiles : d.tile_at(static_cast<double>(l + 1) / grid.tile_parts);
-      t.panels_at_once = std::clamp<int64_t>((transposed ? transposed_panel_cache() : kPanelCache) / plan.panel_bytes,
-                                             1, std::max<int64_t>(1, t.panel_end - t.panel_begin));
+      t.panels_at_once =
+          std::clamp<int64_t>(panel_cache / plan.panel_bytes, 1, std::max<int64_t>(1, t.panel_end - t.panel_begin));
       t.table_tile = d.max_segments * shape.rows;
       t.sources_tile = d.max_segments * 2;
       t.staged_tile = registers ? shape.rows * d.staged_units * 4 : 0;

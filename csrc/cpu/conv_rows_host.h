@@ -50,8 +50,8 @@ inline RowsShape tile_shape() {
   return {6, 8};
 }
 
-// Panels of the data gradient that are packed together: more of them read longer runs of the weights. Half of the L2.
-inline int64_t transposed_panel_cache() {
+// Half of this machine's L2.
+inline int64_t wide_panel_cache() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, kPanelCache, 4 * kPanelCache);
   return bytes;

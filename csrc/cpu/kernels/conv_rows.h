@@ -77,12 +77,55 @@ inline void fill_tile(const RowsTask<T, W>& t, RowWalker& walk, int n_rows, cons
   }
 }
 
+// The first row of a grain; of the last one's successor, all rows.
+FASTCONV_INLINE int64_t grain_begin(const RowsGroup& group, int64_t grain) {
+  if (group.run > 0) {
+    const int64_t whole = (group.run + kGrain - 1) / kGrain;
+    return grain / whole * group.run + grain % whole * kGrain;
+  }
+  return grain * kGrain < group.rows ? grain * kGrain : group.rows;
+}
+
+// A tile of the task: where its rows are read and written.
+struct TileRows {
+  int64_t at[kTileRows];
+  int rows[kTileRows / kGrain];  // of each grain; without tile registers, of the tile in the first
+};
+
+template <class T, class W>
+FASTCONV_INLINE void place_tile(const RowsTask<T, W>& t, RowWalker& walk, int64_t grain, int64_t grains, int64_t i,
+                                TileRows& tile) {
+  char* gathered = t.gathered + i * kTileRows * gather_row_bytes(t.plan->tap_units);
+#ifdef FASTCONV_AMX
+  tile.rows[1] = 0;
+  for (int64_t g = 0; g < grains; ++g, gathered += kGrain * gather_row_bytes(t.plan->tap_units)) {
+    tile.rows[g] = (int)(grain_begin(walk.group, grain + g + 1) - grain_begin(walk.group, grain + g));
+    fill_tile(t, walk, tile.rows[g], t.table + g * kGrain, tile.at + g * kGrain, gathered);
+  }
+  stage_rows(t, walk.group, tile.rows, i);
+#else
+  tile.rows[0] = (int)grains;
+  fill_tile(t, walk, tile.rows[0], t.table + i * t.table_tile, tile.at, gathered);
+#endif
+}
+
+template <class T, class W>
+FASTCONV_INLINE void run_tile(const RowsTask<T, W>& t, const RowsGroup& group, const char* panel, int64_t j, int64_t i,
+                              const TileRows& tile) {
+#ifdef FASTCONV_AMX
+  tile_rows_amx<T>(tile.rows, t.sources + i * t.sources_tile, group.segments, group.n_segments, panel, t.epilogue,
+                   tile.at, j, t.plan->columns);
+#else
+  tile_rows_any<T>(tile.rows[0], t.table + i * t.table_tile, group.segments, group.n_segments, panel, t.epilogue,
+                   tile.at, j, t.plan->columns);
+#endif
+}
+
 template <class T, class W>
 void conv_rows(const RowsTask<T, W>& t) {
   const RowsPlan& p = *t.plan;
   constexpr int64_t kMaxTiles = 32;
-  int64_t at[kMaxTiles][kTileRows];
-  int rows_of[kMaxTiles];
+  TileRows tiles[kMaxTiles];
 #ifdef FASTCONV_AMX
   const TileRegisters registers;
 #endif
@@ -102,33 +145,20 @@ void conv_rows(const RowsTask<T, W>& t) {
       int64_t tile = t.tile_begin > first ? t.tile_begin - first : 0;
       const int64_t end = t.tile_end - first < group.tiles ? t.tile_end - first : group.tiles;
       if (tile >= end) continue;
-      const int64_t grains = (group.rows + kGrain - 1) / kGrain;
-      const int64_t base = grains / group.tiles, extra = grains % group.tiles;  // `extra` tiles have one grain more
-      int64_t row = (tile * base + (tile < extra ? tile : extra)) * kGrain;
-      RowWalker walk(p, group, row);
+      const int64_t base = group.grains / group.tiles,
+                    extra = group.grains % group.tiles;  // `extra` tiles have one grain more
+      int64_t grain = tile * base + (tile < extra ? tile : extra);
+      RowWalker walk(p, group, grain_begin(group, grain));
       while (tile < end) {
         const int64_t n = end - tile < t.tiles_at_once ? end - tile : t.tiles_at_once;
         for (int64_t i = 0; i < n; ++i) {
-          const int64_t most = (base + (tile + i < extra)) * kGrain;
-          rows_of[i] = (int)(most < group.rows - row ? most : group.rows - row);
-          row += rows_of[i];
-#ifdef FASTCONV_AMX
-          fill_tile(t, walk, rows_of[i], t.table, at[i], t.gathered + i * kTileRows * gather_row_bytes(p.tap_units));
-          stage_rows(group, t.table, rows_of[i], t.sources + i * t.sources_tile, t.staged + i * t.staged_tile);
-#else
-          fill_tile(t, walk, rows_of[i], t.table + i * t.table_tile, at[i],
-                    t.gathered + i * kTileRows * gather_row_bytes(p.tap_units));
-#endif
+          const int64_t grains = base + (tile + i < extra);
+          place_tile(t, walk, grain, grains, i, tiles[i]);
+          grain += grains;
         }
         for (int64_t j = j0; j < j1; ++j)
           for (int64_t i = 0; i < n; ++i)
-#ifdef FASTCONV_AMX
-            tile_rows_amx<T>(rows_of[i], t.sources + i * t.sources_tile, group.segments, group.n_segments,
-                             panels + (j - j0) * p.panel_bytes, t.epilogue, at[i], j * kTileCols, p.columns);
-#else
-            tile_rows_any<T>(rows_of[i], t.table + i * t.table_tile, group.segments, group.n_segments,
-                             panels + (j - j0) * p.panel_bytes, t.epilogue, at[i], j * kTileCols, p.columns);
-#endif
+            run_tile(t, group, panels + (j - j0) * p.panel_bytes, j * kTileCols, i, tiles[i]);
         tile += n;
       }
     }

@@ -29,19 +29,22 @@ struct RowsPlanData {
   std::vector<std::vector<RowsSegment>> segments;  // by group
   std::vector<RowsGroup> groups;
   RowsShape shape{};
+  int64_t panels = 1;
   int64_t max_segments = 1, tiles = 0;
   int64_t staged_units = 0;  // of a row: whole tile registers of every segment
   double cost = 0;           // of all tiles of one panel
   double pack_cost = 0;      // of one panel
 
-  static double tile_cost(RowsShape shape, int64_t rows, int64_t tiles, int64_t units) {
-    if (shape.grain > 1) return tiles * 40.0 + (rows + shape.grain - 1) / shape.grain * (64.0 + units * 2.0);
-    return tiles * (40.0 + units * 4.0) + rows * units * 0.5;
+  // Of one panel out of `panels`. classes: how many share the tiles.
+  static double tile_cost(RowsShape shape, const RowsGroup& g, int64_t classes, int64_t units, int64_t panels) {
+    if (shape.grain == 1) return g.tiles * (40.0 + units * 4.0) + g.rows * units * 0.5;
+    const bool even = classes == 1 && (g.run > 0 || g.classes->nh * g.classes->nw == 1);
+    return g.tiles * 40.0 + g.grains * (64.0 + units * 2.0) + (even ? 0.0 : g.rows * units * 0.125 / panels);
   }
   double group_cost(int64_t g) const {
     int64_t units = 0;
     for (const RowsSegment& s : segments[g]) units += s.units;
-    return tile_cost(shape, groups[g].rows, groups[g].tiles, units);
+    return tile_cost(shape, groups[g], groups[g].n_classes, units, panels);
   }
   // The first of the tiles that come after `part` of the cost.
   int64_t tile_at(double part) const {
@@ -56,6 +59,17 @@ struct RowsPlanData {
     return tiles;
   }
 };
+
+// Cuts the rows into grains and tiles. A class of at least three quarters of a register's rows in each image row starts
+// anew there.
+inline void cut_rows(RowsGroup& g, int64_t classes, int64_t rows, RowsShape shape) {
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t width = g.classes->nw, whole = ceil(width, shape.grain);
+  g.rows = rows;
+  g.run = shape.grain > 1 && classes == 1 && width * 4 >= whole * shape.grain * 3 ? width : 0;
+  g.grains = g.run > 0 ? rows / width * whole : ceil(rows, shape.grain);
+  g.tiles = ceil(g.grains, shape.rows / shape.grain);
+}
 
 struct RowsAxis {
   std::vector<int64_t> in;                      // [out][taps]: input index, or -1
@@ -89,6 +103,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
   const int64_t in_h = transposed ? p.p : p.h, in_w = transposed ? p.q : p.w;
   const int64_t reduce = transposed ? p.k : p.c, columns = transposed ? p.c : p.k;
   d.shape = shape;
+  d.panels = (columns + shape.columns - 1) / shape.columns;
   const RowsAxis ah(out_h, in_h, p.r, p.stride_h, p.pad_h, p.dil_h, transposed);
   const RowsAxis aw(out_w, in_w, p.s, p.stride_w, p.pad_w, p.dil_w, transposed);
   const int64_t taps = p.r * p.s;
@@ -105,12 +120,15 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
   d.tap_live.assign(taps, 0);
 
   struct Open {  // a group in the making
-    int64_t classes = 0, rows = 0, live = 0;
+    int64_t first = 0, classes = 0, rows = 0, live = 0;
     std::vector<uint8_t> taps;
   };
   std::vector<Open> open;
-  auto cost = [&](int64_t rows, int64_t live) {
-    return RowsPlanData::tile_cost(shape, rows, (rows + shape.rows - 1) / shape.rows, live * tap_units);
+  auto cost = [&](const Open& o) {
+    RowsGroup g{};
+    g.classes = &d.classes[o.first];
+    cut_rows(g, o.classes, o.rows, shape);
+    return RowsPlanData::tile_cost(shape, g, o.classes, o.live * tap_units, d.panels);
   };
   for (size_t i = 0; i < ah.live.size(); ++i) {
     for (size_t j = 0; j < aw.live.size(); ++j) {
@@ -118,6 +136,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
                            static_cast<int64_t>(d.h_positions[i].size()),
                            static_cast<int64_t>(d.w_positions[j].size())});
       Open c;
+      c.first = static_cast<int64_t>(d.classes.size()) - 1;
       c.classes = 1;
       c.rows = p.n * d.classes.back().nh * d.classes.back().nw;
       c.taps.assign(taps, 0);
@@ -132,7 +151,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
         for (int64_t t = 0; t < taps; ++t) both.live += both.taps[t] |= c.taps[t];
         both.classes += 1;
         both.rows += c.rows;
-        if (cost(both.rows, both.live) <= cost(open.back().rows, open.back().live) + cost(c.rows, c.live)) {
+        if (cost(both) <= cost(open.back()) + cost(c)) {
           open.back() = both;
           continue;
         }
@@ -157,8 +176,7 @@ inline void build_rows_plan(const ConvParams& p, bool transposed, int64_t elemen
     RowsGroup g{};
     g.classes = d.classes.data() + first;
     g.n_classes = static_cast<int32_t>(o.classes);
-    g.rows = o.rows;
-    g.tiles = (o.rows + shape.rows - 1) / shape.rows;
+    cut_rows(g, o.classes, o.rows, shape);
     first += o.classes;
     d.groups.push_back(g);
   }

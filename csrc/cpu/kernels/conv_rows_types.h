@@ -34,8 +34,10 @@ struct RowsGroup {
   const RowsClass* classes;
   const RowsSegment* segments;
   int32_t n_classes, n_segments;
-  int64_t rows;   // of all images
-  int64_t tiles;  // rows are spread evenly over them
+  int64_t rows;    // of all images
+  int64_t run;     // a grain ends with so many rows, an image row of the class; 0: grains go on over image rows
+  int64_t grains;  // the rows that one tile register holds (else single rows)
+  int64_t tiles;   // grains are spread evenly over them
 };
 
 struct RowsPlan {
@@ -84,6 +86,7 @@ struct RowsTask {
   const char** table;  // [tiles_at_once][max segments][tile rows]
   int64_t table_tile;  // entries of one tile
   int64_t tiles_at_once;
+  const char* input_end;
   const char* zeros;  // tap_units zero units
   char* gathered;     // [tiles_at_once][tile rows][gather_row(tap_units)]
   // With tile registers only: `table` is of one tile.

@@ -47,29 +47,39 @@ FASTCONV_INLINE u32v load_units_masked(const char* p, int64_t n) {
   return (u32v)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
 }
 
-// How the registers load a tile's rows: table[segment * kTileRows + row] as fill_tile() left it.
-inline void stage_rows(const RowsGroup& group, const char* const* table, int n_rows, RowsSource* sources,
-                       char* staged) {
+// Whether the n rows lie evenly, so that a register can load them where they are; with fewer than 16 it reads on behind
+// them, which must be input too.
+template <class T, class W>
+FASTCONV_INLINE bool lie_evenly(const RowsTask<T, W>& t, const char* const* rows, int n, int64_t bytes) {
+  const int64_t step = n > 1 ? rows[1] - rows[0] : 0;
+  for (int i = 2; i < n; ++i)
+    if (rows[i] - rows[i - 1] != step) return false;
+  if (n == kGrain) return true;
+  const char *a = rows[0], *b = a + (kGrain - 1) * step;
+  const char *low = a < b ? a : b, *high = (a < b ? b : a) + bytes;
+  return t.plan->gather_r == 0 && low >= (const char*)t.input && high <= t.input_end;
+}
+
+// How the registers load tile i's rows, rows[half] of them: t.table[segment * kTileRows + row] as fill_tile() left it.
+template <class T, class W>
+inline void stage_rows(const RowsTask<T, W>& t, const RowsGroup& group, const int* rows, int64_t i) {
+  RowsSource* sources = t.sources + i * t.sources_tile;
+  char* staged = t.staged + i * t.staged_tile;
   for (int g = 0; g < group.n_segments; ++g) {
     const int64_t units = group.segments[g].units, steps = units / kStepUnits, rest = units % kStepUnits;
-    for (int half = 0; half * kGrain < n_rows; ++half) {
-      const char* const* rows = table + g * kTileRows + half * kGrain;
-      const int n = n_rows - half * kGrain < kGrain ? n_rows - half * kGrain : kGrain;
-      RowsSource& source = sources[g * 2 + half];
-      const int64_t step = n == kGrain ? rows[1] - rows[0] : 0;
-      bool even = n == kGrain && rest == 0;
-      for (int i = 2; even && i < kGrain; ++i) even = rows[i] - rows[i - 1] == step;
-      if (even) {
-        source = {rows[0], step, kRowBytes};
+    for (int half = 0; half < 2 && rows[half] > 0; ++half) {
+      const char* const* from = t.table + g * kTileRows + half * kGrain;
+      if (rest == 0 && lie_evenly(t, from, rows[half], units * 4)) {
+        sources[g * 2 + half] = {from[0], rows[half] > 1 ? from[1] - from[0] : 0, kRowBytes};
         continue;
       }
-      for (int i = 0; i < n; ++i) {
-        char* to = staged + i * kRowBytes;
-        const char* from = rows[i];
-        for (int64_t s = 0; s < steps; ++s, to += kRegisterBytes, from += kRowBytes) *(u32v*)to = *(const u32v_u*)from;
-        if (rest) *(u32v*)to = load_units_masked(from, rest);
+      for (int r = 0; r < rows[half]; ++r) {
+        char* to = staged + r * kRowBytes;
+        const char* row = from[r];
+        for (int64_t s = 0; s < steps; ++s, to += kRegisterBytes, row += kRowBytes) *(u32v*)to = *(const u32v_u*)row;
+        if (rest) *(u32v*)to = load_units_masked(row, rest);
       }
-      source = {staged, kRowBytes, kRegisterBytes};
+      sources[g * 2 + half] = {staged, kRowBytes, kRegisterBytes};
       staged += (steps + (rest != 0)) * kRegisterBytes;
     }
   }
@@ -203,18 +213,21 @@ inline void finish_whole(const RowsEpilogue<bf16>& e, const int64_t* at, int64_t
 }
 
 template <class T>
-__attribute__((noinline)) void tile_rows_amx(int n_rows, const RowsSource* sources, const RowsSegment* segments,
+__attribute__((noinline)) void tile_rows_amx(const int* rows, const RowsSource* sources, const RowsSegment* segments,
                                              int n_segments, const char* panel, const RowsEpilogue<T>& e,
                                              const int64_t* at, int64_t j, int64_t columns) {
   f32v sums[kTileRows * kTileVecs];
-  if (n_rows > kGrain)
+  if (rows[1] > 0)
     multiply_tile<2>(sources, segments, n_segments, panel, sums);
   else
     multiply_tile<1>(sources, segments, n_segments, panel, sums);
-  if (columns - j >= kTileCols)
-    finish_whole(e, at, j, sums, n_rows);
-  else
-    finish(e, at, j, sums, n_rows, (int)(columns - j));
+  for (int half = 0; half < 2 && rows[half] > 0; ++half, at += kGrain) {
+    const f32v* from = sums + half * kGrain * kTileVecs;
+    if (columns - j >= kTileCols)
+      finish_whole(e, at, j, from, rows[half]);
+    else
+      finish(e, at, j, from, rows[half], (int)(columns - j));
+  }
 }
 
 #undef FASTCONV_TILE_STEP1
