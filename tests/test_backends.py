@@ -250,9 +250,9 @@ def test_lower_instruction_sets(isa):
     active = fastconv._ext.build_info()["cpu_isa"]
     if INSTRUCTION_SETS.index(isa) >= INSTRUCTION_SETS.index(active):
         pytest.skip(f"{active} is what this process tests, or the most that this machine has")
-    names = ("random", "conv2d_bias_act", "batch_norm_act", "cross_entropy", "pooling", "bf16_tiles")
+    names = ("random", "conv2d_bias_act", "batch_norm_act", "cross_entropy", "pooling", "tiles")
     files = [f"tests/test_{n}.py" for n in names]
-    chosen = "test_bf16_tiles or cpu and (test_random or test_activations or test_class_indices or test_dtypes)"
+    chosen = "test_tiles or cpu and (test_random or test_activations or test_class_indices or test_dtypes)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     environment = os.environ | {"FASTCONV_CPU_ISA": isa}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)

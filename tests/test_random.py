@@ -40,7 +40,7 @@ def convolutions(draw):
     # (test_conv2d_bias_act.py), but stock has to run here to be compared with.
     if max(dilation) > 1:
         assume(all(map(reads_data_everywhere, (h, w), kernel, stride, padding, dilation)))
-    # Stock's bf16 forward multiplies memory that nobody wrote here, on AMX (test_bf16_tiles.py).
+    # Stock's bf16 forward multiplies memory that nobody wrote here, on AMX (test_tiles.py).
     span = w + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1
     assume(stride[1] == 1 or kernel[1] == 1 or span >= stride[1])
     return Conv(

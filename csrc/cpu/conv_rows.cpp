@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -107,7 +108,12 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
   const int64_t panels = (plan.columns + shape.columns - 1) / shape.columns;
   const double work = (d.cost + (packed != nullptr ? 0.0 : d.pack_cost)) * panels * 16;
   const RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
-  const auto kernel = FASTCONV_ROWS_PICK(T, conv_rows<T, W>);
+  auto kernel = FASTCONV_ROWS_PICK(T, conv_rows<T, W>);
+  bool in_place = false;
+  if constexpr (std::is_same_v<T, float>) {
+    in_place = transposed && packed == nullptr && d.tiles <= kInPlaceTiles && plan.columns % shape.columns == 0;
+    if (in_place) kernel = FASTCONV_ROWS_PICK(T, conv_rows_in_place<T>);
+  }
   const bool registers = tile_registers<T>();
   // Panels packed together: those of the data gradient read longer runs of the weights, and rows that are copied first
   // (tile registers) meet more of them.
@@ -136,8 +142,11 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
       t.staged_tile = registers ? shape.rows * d.staged_units * 4 : 0;
       t.tiles_at_once = std::clamp<int64_t>(kRowCache / (registers ? t.staged_tile : shape.rows * plan.tap_units * 4),
                                             1, std::clamp<int64_t>(kTableEntries / t.table_tile, 1, kMaxTilesAtOnce));
+      if (in_place) t.tiles_at_once = t.tile_end - t.tile_begin;
       Layout space;
-      const int64_t panels_at = space.add(packed != nullptr ? 0 : t.panels_at_once * plan.panel_bytes);
+      const int64_t panels_at = space.add(packed != nullptr || in_place ? 0 : t.panels_at_once * plan.panel_bytes);
+      const int64_t sums_at =
+          space.add(in_place ? (t.panel_end - t.panel_begin) * t.tiles_at_once * shape.rows * shape.columns * 4 : 0);
       const int64_t table_at =
           space.add((registers ? 1 : t.tiles_at_once) * t.table_tile * static_cast<int64_t>(sizeof(char*)));
       const int64_t zeros_at = space.add(plan.tap_units * 4);
@@ -148,6 +157,7 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
       const int64_t staged_at = space.add(t.tiles_at_once * t.staged_tile);
       char* base = workspace<0>(space.bytes);
       t.panels = base + panels_at;
+      t.sums = reinterpret_cast<float*>(base + sums_at);
       t.table = reinterpret_cast<const char**>(base + table_at);
       std::memset(base + zeros_at, 0, plan.tap_units * 4);
       t.zeros = base + zeros_at;

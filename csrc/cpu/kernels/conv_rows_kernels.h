@@ -15,6 +15,10 @@
 #include "conv_rows_wgrad.h"
 #else
 #include "conv_rows.h"
+#ifndef FASTCONV_AMX
+//
+#include "conv_rows_in_place.h"
+#endif
 #endif
 #ifdef FASTCONV_AMX
 #undef FASTCONV_TILE_ZERO

@@ -89,6 +89,7 @@ struct RowsTask {
   const char* input_end;
   const char* zeros;  // tap_units zero units
   char* gathered;     // [tiles_at_once][tile rows][gather_row(tap_units)]
+  float* sums;        // conv_rows_in_place() only: [panels][tiles][tile rows][tile columns]
   // With tile registers only: `table` is of one tile.
   RowsSource* sources;   // [tiles_at_once][max segments][2]
   int64_t sources_tile;  // entries of one tile
@@ -120,6 +121,10 @@ struct WgradTask {
   const T** rows;  // 2 * kWgradUnits * (4 / sizeof(T)) pointers
   T* gathered;     // [kWgradUnits * (4 / sizeof(T))][gather_row] and 64 bytes
 };
+
+constexpr int64_t kInPlaceTiles = 4;          // up to so many tiles of rows, the weights are read where they lie
+constexpr int64_t kInPlaceBytes = 128 << 10;  // of weights that stay in L2 while the tiles meet them,
+constexpr int64_t kInPlaceUnits = 16;         // but so many units at least
 
 // Bytes of a gathered row: copies run up to 63 bytes over its end.
 constexpr int64_t gather_row_bytes(int64_t units) { return (units * 4 + 63) / 64 * 64 + 64; }

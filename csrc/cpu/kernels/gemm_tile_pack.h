@@ -9,13 +9,14 @@
 // columns, at the place in their rows where it is in these (data gradient: of the units eight further on). All of
 // ResNet50's convolutions at 32 px and batch 4 in turn, 2 cores of a Zen 4, least of 3 medians, ms, without : with:
 // forward fp32 7.0 : 5.6 (packed before 4.3), bf16 4.0 : 2.9 (2.2); data gradient bf16 4.4 : 3.0; data gradient fp32,
-// weights in place without packing 7.5, packed 6.1. At batch 1 in place and packed are equal. The same lines asked for
-// by the convolution before, while it multiplies: inference at batch 1 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training
-// step 4% slower: prefetches that come too early cost more than they save. Data gradient, several panels from one pass
-// over the weights instead of a pass each, 2 cores of an Intel Xeon with AMX, batch 4, ms: fp32 6.6 : 6.0, bf16 4.2
-// : 3.3, with 1 MB of panels instead of half 5.9 and 3.0; 16 units ahead as 8, 4 a twentieth slower. Padded panels
-// (their lines share cache sets) gained nothing, nor did zipping whole vectors. Bytes: the weights once in, the panel
-// once out (L2); 1/rows of the arithmetic that reads it.
+// weights in place without packing 7.5, packed 6.1 (a panel at a time; conv_rows_in_place.h reads them in order). At
+// batch 1 in place and packed are equal. The same lines asked for by the convolution before, while it multiplies:
+// inference at batch 1 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training step 4% slower: prefetches that come too early
+// cost more than they save. Data gradient, several panels from one pass over the weights instead of a pass each, 2
+// cores of an Intel Xeon with AMX, batch 4, ms: fp32 6.6 : 6.0, bf16 4.2 : 3.3, with 1 MB of panels instead of half 5.9
+// and 3.0; 16 units ahead as 8, 4 a twentieth slower. Padded panels (their lines share cache sets) gained nothing, nor
+// did zipping whole vectors. Bytes: the weights once in, the panel once out (L2); 1/rows of the arithmetic that reads
+// it.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 

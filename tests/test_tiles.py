@@ -1,6 +1,6 @@
-"""The edges of the matrix tiles in bfloat16: numbers of rows, columns and summed channels around 16 and 32, long sums,
-rows that lie evenly in memory and rows that do not, and values that a tile must not touch. Whatever instruction set
-runs (AMX has tiles of 32 x 32 x 32, AVX-512 of 8 x 32 x 2), the results are held to fp64."""
+"""The edges of the matrix tiles: numbers of rows, columns and summed channels around 16 and 32, long sums, rows that lie
+evenly in memory and rows that do not, few rows that meet the weights in place, and values that a tile must not touch.
+Whatever instruction set runs (AMX has tiles of 32 x 32 x 32 in bf16, AVX-512 of 8 x 32), the results are held to fp64."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ EDGES += [(2, 3, 3, 512, 32, 3, 1, 1), (33, 1, 1, 2100, 64, 1, 1, 0), (17, 1, 1,
 GRADIENT_EDGES = [(n, h, w, k, c, *rest) if c != 3 else (n, h, w, c, k, *rest) for n, h, w, c, k, *rest in EDGES]
 
 
-def problem(edge: tuple) -> tuple[Tensor, Tensor, dict, list[int]]:
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+
+
+def problem(edge: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict, list[int]]:
     n, h, w, c, k, r, stride, pad = edge
-    x = torch.randn(n, c, h, w).bfloat16().contiguous(memory_format=LAST)
-    weight = torch.randn(k, c, r, r).bfloat16().contiguous(memory_format=LAST)
+    x = torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=LAST)
+    weight = torch.randn(k, c, r, r).to(dtype).contiguous(memory_format=LAST)
     return x, weight, {"stride": stride, "padding": pad}, [stride, stride, pad, pad, 1, 1, 1]
 
 
 def forward(x: Tensor, weight: Tensor, settings: dict, geometry: list[int], packed: Tensor | None = None) -> Tensor:
     size = F.conv2d(x.float(), weight.float(), **settings).shape
-    out = torch.full(size, torch.nan, dtype=torch.bfloat16).contiguous(memory_format=LAST)
+    out = torch.full(size, torch.nan, dtype=x.dtype).contiguous(memory_format=LAST)
     PLAN.conv2d(x, weight, packed, None, None, None, None, geometry, "identity", None, out)
     return out
 
@@ -57,18 +60,20 @@ def check(got: Tensor, oracle: Tensor, magnitude: Tensor) -> None:
     assert bool((error <= 1.01 * rounding * oracle.abs() + 2**-19 * magnitude).all()), (error / magnitude).max()
 
 
+@DTYPES
 @pytest.mark.parametrize("edge", EDGES, ids=str)
-def test_forward(edge):
-    x, weight, settings, geometry = problem(edge)
+def test_forward(edge, dtype):
+    x, weight, settings, geometry = problem(edge, dtype)
     oracle = F.conv2d(x.double(), weight.double(), **settings)
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), **settings)
     check(forward(x, weight, settings, geometry), oracle, magnitude)
     check(forward(x, weight, settings, geometry, PLAN.conv2d_pack(x, weight, geometry)), oracle, magnitude)
 
 
+@DTYPES
 @pytest.mark.parametrize("edge", GRADIENT_EDGES, ids=str)
-def test_gradients(edge):
-    x, weight, settings, geometry = problem(edge)
+def test_gradients(edge, dtype):
+    x, weight, settings, geometry = problem(edge, dtype)
 
     def gradients(x: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
