@@ -3,13 +3,17 @@
 //
 // A register holds 16 rows of 64 bytes: 16 rows of 16 units, or 16 units of 16 columns - a packed panel as it is
 // (gemm_tile.h: a unit is two bf16 channels). TDPBF16PS adds the product of one of each to a register of sums in 16
-// cycles: 1024 FLOPs a cycle, 8 times the vector dot product on processors with two of it, 16 times here, where
-// VDPBF16PS has half the rate of fp32. A step of 16 units loads 4 registers (8 cycles each from L1) for 4 products.
-// Rows that lie evenly (1x1 filters, one position of every image) are loaded where they are; others are copied once, in
-// the order of the loads, and meet all panels: 2 cycles per line of 64 bytes, against 2 cycles of products for each
-// panel. A last piece of less than 16 units is copied on both sides, with zeros behind: what lies there may be
-// anything. Sums: fp32, rounded to nearest even, denormals are zero (the instruction's own rule); every 64 steps they
-// are folded into a second sum in memory, as in gemm_tile.h.
+// cycles: 1024 FLOPs a cycle, 8 times two vector dot products a cycle. A step of 16 units loads 4 registers (8 cycles
+// each from L1) for 4 products. Rows that lie evenly (1x1 filters, a long image row, one position of every image) are
+// loaded where they are; others are copied once, in the order of the loads, and meet all panels: 2 cycles per line of
+// 64 bytes, against 2 cycles of products for each panel. A last piece of less than 16 units is copied on both sides,
+// with zeros behind: what lies there may be anything. Sums: fp32, rounded to nearest even, denormals are zero (the
+// instruction's own rule); every 64 steps they are folded into a second sum in memory, as in gemm_tile.h.
+//
+// Measured on 2 cores of an Intel Xeon, ms, a training step's convolutions of ResNet50 at 32 px, AVX-512 bf16 : here,
+// batch 64: forward 39.4 : 7.6, data gradients 39.8 : 8.6, weight gradients with the update 47.8 : 15.3; batch 4: 4.1
+// : 2.5, 5.8 : 4.3, 9.4 : 8.4 (weights from memory). Against oneDNN's AMX kernels:
+// bench/results/cpu-intel-xeon-amx-2-cores.
 //
 // Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1 chapter 18.
 
