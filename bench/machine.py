@@ -53,7 +53,7 @@ def slug(device: torch.device) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if device.type == "cuda":
         return name
-    return f"cpu-{name}{'-amx' if 'amx_bf16' in _cpu_facts()[1] else ''}-{os.cpu_count()}-cores"
+    return f"cpu-{name}{'-amx' if 'AMX' in facts['detail'] else ''}-{os.cpu_count()}-cores"
 
 
 def versions() -> dict:

@@ -30,12 +30,8 @@ EDGES += [
     (2, 16, 16, 3, 64, 7, 2, 3),
 ]
 EDGES += [(2, 3, 3, 512, 32, 3, 1, 1), (33, 1, 1, 2100, 64, 1, 1, 0), (17, 1, 1, 2100, 32, 1, 1, 0)]  # folded sums
-
-
 # Sums over filters give columns of channels: the edges with both swapped; gradients of narrow columns are stock's.
 GRADIENT_EDGES = [(n, h, w, k, c, *rest) if c != 3 else (n, h, w, c, k, *rest) for n, h, w, c, k, *rest in EDGES]
-
-
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 
 

@@ -71,25 +71,27 @@ struct Cropped {
 // With a bias, which oneDNN adds before its one rounding.
 at::Tensor aten_forward(const ConvParams& p, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   const Cropped live(p, weight);
-  // oneDNN 3.10's channels_last kernels crash on a dilated filter where a position reads padding alone; its NCHW
-  // kernels do not.
-  if (p.dil_h > 1 || p.dil_w > 1) {
-    if (has_empty_position(p.h, p.p, p.r, p.stride_h, p.pad_h, p.dil_h) ||
-        has_empty_position(p.w, p.q, p.s, p.stride_w, p.pad_w, p.dil_w)) {
-      return nhwc(at::convolution(x.contiguous(), live.weight.contiguous(), bias, {p.stride_h, p.stride_w},
-                                  {live.h.pad, live.w.pad}, live.dilation(p), false, {0, 0}, p.groups));
-    }
-  }
+  at::Tensor input = x;
+  int64_t stride_w = p.stride_w, pad_w = live.w.pad;
   // Of one position per row, with a stride, oneDNN 3.10's bf16 kernels for AMX multiply memory that nobody wrote (a 5x4
   // filter, stride (1, 4), on 8x7: NaN in 299 of 300 calls). The same position without a stride, on what it reads.
-  if (p.q == 1 && p.stride_w > 1 && x.scalar_type() == at::kBFloat16) {
+  if (p.q == 1 && stride_w > 1 && x.scalar_type() == at::kBFloat16) {
     const int64_t width = (live.w.taps - 1) * p.dil_w + 1;
-    const std::array<int64_t, 2> pad{live.w.pad, std::max<int64_t>(0, width - live.w.pad - p.w)};
-    return nhwc(at::convolution(nhwc(at::constant_pad_nd(x, pad).narrow(3, 0, width)), live.weight, bias,
-                                {p.stride_h, 1}, {live.h.pad, 0}, live.dilation(p), false, {0, 0}, p.groups));
+    const std::array<int64_t, 2> pad{pad_w, std::max<int64_t>(0, width - pad_w - p.w)};
+    input = nhwc(at::constant_pad_nd(x, pad).narrow(3, 0, width));
+    stride_w = 1, pad_w = 0;
   }
-  return nhwc(at::convolution(x, live.weight, bias, {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad},
-                              live.dilation(p), false, {0, 0}, p.groups));
+  const auto convolve = [&](const at::Tensor& from, const at::Tensor& filters) {
+    return nhwc(at::convolution(from, filters, bias, {p.stride_h, stride_w}, {live.h.pad, pad_w}, live.dilation(p),
+                                false, {0, 0}, p.groups));
+  };
+  // oneDNN 3.10's channels_last kernels crash on a dilated filter where a position reads padding alone; its NCHW
+  // kernels do not.
+  const bool dilated = p.dil_h > 1 || p.dil_w > 1;
+  if (dilated && (has_empty_position(p.h, p.p, p.r, p.stride_h, p.pad_h, p.dil_h) ||
+                  has_empty_position(p.w, p.q, p.s, p.stride_w, p.pad_w, p.dil_w)))
+    return convolve(input.contiguous(), live.weight.contiguous());
+  return convolve(input, live.weight);
 }
 
 std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::Tensor& dy, const at::Tensor& x,

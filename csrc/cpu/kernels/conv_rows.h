@@ -86,25 +86,38 @@ FASTCONV_INLINE int64_t grain_begin(const RowsGroup& group, int64_t grain) {
   return grain * kGrain < group.rows ? grain * kGrain : group.rows;
 }
 
+// The task's tiles [begin, end) of one group, whose tiles before are `first`; grains are spread evenly over a group's.
+struct GroupTiles {
+  int64_t begin, end, base, extra;  // `extra` tiles have one grain more than `base`
+
+  GroupTiles(const RowsGroup& group, int64_t first, int64_t tile_begin, int64_t tile_end)
+      : begin(tile_begin > first ? tile_begin - first : 0),
+        end(tile_end - first < group.tiles ? tile_end - first : group.tiles),
+        base(group.grains / group.tiles),
+        extra(group.grains % group.tiles) {}
+  int64_t grain(int64_t tile) const { return tile * base + (tile < extra ? tile : extra); }
+};
+
 // A tile of the task: where its rows are read and written.
 struct TileRows {
   int64_t at[kTileRows];
   int rows[kTileRows / kGrain];  // of each grain; without tile registers, of the tile in the first
 };
 
+// Tile i of those at once: grains [grain, end), whose rows come next in the walk.
 template <class T, class W>
-FASTCONV_INLINE void place_tile(const RowsTask<T, W>& t, RowWalker& walk, int64_t grain, int64_t grains, int64_t i,
+FASTCONV_INLINE void place_tile(const RowsTask<T, W>& t, RowWalker& walk, int64_t grain, int64_t end, int64_t i,
                                 TileRows& tile) {
   char* gathered = t.gathered + i * kTileRows * gather_row_bytes(t.plan->tap_units);
 #ifdef FASTCONV_AMX
   tile.rows[1] = 0;
-  for (int64_t g = 0; g < grains; ++g, gathered += kGrain * gather_row_bytes(t.plan->tap_units)) {
+  for (int64_t g = 0; grain + g < end; ++g, gathered += kGrain * gather_row_bytes(t.plan->tap_units)) {
     tile.rows[g] = (int)(grain_begin(walk.group, grain + g + 1) - grain_begin(walk.group, grain + g));
     fill_tile(t, walk, tile.rows[g], t.table + g * kGrain, tile.at + g * kGrain, gathered);
   }
   stage_rows(t, walk.group, tile.rows, i);
 #else
-  tile.rows[0] = (int)grains;
+  tile.rows[0] = (int)(end - grain);
   fill_tile(t, walk, tile.rows[0], t.table + i * t.table_tile, tile.at, gathered);
 #endif
 }
@@ -116,8 +129,10 @@ FASTCONV_INLINE void run_tile(const RowsTask<T, W>& t, const RowsGroup& group, c
   tile_rows_amx<T>(tile.rows, t.sources + i * t.sources_tile, group.segments, group.n_segments, panel, t.epilogue,
                    tile.at, j, t.plan->columns);
 #else
-  tile_rows_any<T>(tile.rows[0], t.table + i * t.table_tile, group.segments, group.n_segments, panel, t.epilogue,
-                   tile.at, j, t.plan->columns);
+  with_tile_height(tile.rows[0], [&](auto height) {
+    tile_rows<T, decltype(height)::rows>(t.table + i * t.table_tile, group.segments, group.n_segments, panel,
+                                         t.epilogue, tile.at, j, t.plan->columns);
+  });
 #endif
 }
 
@@ -142,20 +157,13 @@ void conv_rows(const RowsTask<T, W>& t) {
     int64_t first = 0;  // index of the group's first tile
     for (int64_t g = 0; g < p.n_groups; first += p.groups[g].tiles, ++g) {
       const RowsGroup& group = p.groups[g];
-      int64_t tile = t.tile_begin > first ? t.tile_begin - first : 0;
-      const int64_t end = t.tile_end - first < group.tiles ? t.tile_end - first : group.tiles;
-      if (tile >= end) continue;
-      const int64_t base = group.grains / group.tiles,
-                    extra = group.grains % group.tiles;  // `extra` tiles have one grain more
-      int64_t grain = tile * base + (tile < extra ? tile : extra);
-      RowWalker walk(p, group, grain_begin(group, grain));
-      while (tile < end) {
-        const int64_t n = end - tile < t.tiles_at_once ? end - tile : t.tiles_at_once;
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t grains = base + (tile + i < extra);
-          place_tile(t, walk, grain, grains, i, tiles[i]);
-          grain += grains;
-        }
+      const GroupTiles mine(group, first, t.tile_begin, t.tile_end);
+      if (mine.begin >= mine.end) continue;
+      RowWalker walk(p, group, grain_begin(group, mine.grain(mine.begin)));
+      for (int64_t tile = mine.begin; tile < mine.end;) {
+        const int64_t n = mine.end - tile < t.tiles_at_once ? mine.end - tile : t.tiles_at_once;
+        for (int64_t i = 0; i < n; ++i)
+          place_tile(t, walk, mine.grain(tile + i), mine.grain(tile + i + 1), i, tiles[i]);
         for (int64_t j = j0; j < j1; ++j)
           for (int64_t i = 0; i < n; ++i)
             run_tile(t, group, panels + (j - j0) * p.panel_bytes, j * kTileCols, i, tiles[i]);

@@ -44,27 +44,6 @@ __attribute__((noinline)) void tile_in_place(const char* const* rows, const Rows
       sums[i * kTileVecs + v] = first ? acc[i][v] : sums[i * kTileVecs + v] + acc[i][v];
 }
 
-FASTCONV_INLINE void tile_in_place_any(int n_rows, const char* const* rows, const RowsGroup& group, const float* w,
-                                       int64_t taps_s, int64_t columns, int64_t stride, int64_t k0, int64_t units,
-                                       f32v* sums, bool first) {
-  switch (n_rows) {
-#define FASTCONV_TILE(R) \
-  case R:                \
-    return tile_in_place<R>(rows, group, w, taps_s, columns, stride, k0, units, sums, first);
-    FASTCONV_TILE(1)
-    FASTCONV_TILE(2)
-    FASTCONV_TILE(3)
-    FASTCONV_TILE(4)
-    FASTCONV_TILE(5)
-    FASTCONV_TILE(6)
-#if FASTCONV_VEC_BYTES == 64
-    FASTCONV_TILE(7)
-    FASTCONV_TILE(8)
-#endif
-#undef FASTCONV_TILE
-  }
-}
-
 // The task's tiles, at most kInPlaceTiles, against all of its panels; t.table has room for them, t.sums for
 // [panels][tiles][kTileRows][kTileCols].
 template <class T>
@@ -77,14 +56,12 @@ void conv_rows_in_place(const RowsTask<T, T>& t) {
   int64_t first = 0;
   for (int64_t g = 0; g < p.n_groups; first += p.groups[g].tiles, ++g) {
     const RowsGroup& group = p.groups[g];
-    const int64_t begin = t.tile_begin > first ? t.tile_begin - first : 0;
-    const int64_t end = t.tile_end - first < group.tiles ? t.tile_end - first : group.tiles;
-    if (begin >= end) continue;
-    const int64_t base = group.grains / group.tiles, extra = group.grains % group.tiles;
-    RowWalker walk(p, group, begin * base + (begin < extra ? begin : extra));
-    for (int64_t tile = begin; tile < end; ++tile, ++n) {
+    const GroupTiles mine(group, first, t.tile_begin, t.tile_end);
+    if (mine.begin >= mine.end) continue;
+    RowWalker walk(p, group, grain_begin(group, mine.grain(mine.begin)));
+    for (int64_t tile = mine.begin; tile < mine.end; ++tile, ++n) {
       groups[n] = &group;
-      place_tile(t, walk, 0, base + (tile < extra), n, tiles[n]);
+      place_tile(t, walk, mine.grain(tile), mine.grain(tile + 1), n, tiles[n]);
     }
   }
   const int64_t stride = p.taps_r * p.taps_s * p.columns;
@@ -96,8 +73,11 @@ void conv_rows_in_place(const RowsTask<T, T>& t) {
     const int64_t units = p.reduce - k0 < block ? p.reduce - k0 : block;
     for (int64_t j = t.panel_begin; j < t.panel_end; ++j)
       for (int i = 0; i < n; ++i)
-        tile_in_place_any(tiles[i].rows[0], t.table + i * t.table_tile, *groups[i], t.weight + j * kTileCols, p.taps_s,
-                          p.columns, stride, k0, units, sums + ((j - t.panel_begin) * n + i) * kTile, k0 == 0);
+        with_tile_height(tiles[i].rows[0], [&](auto height) {
+          tile_in_place<decltype(height)::rows>(t.table + i * t.table_tile, *groups[i], t.weight + j * kTileCols,
+                                                p.taps_s, p.columns, stride, k0, units,
+                                                sums + ((j - t.panel_begin) * n + i) * kTile, k0 == 0);
+        });
   }
   for (int64_t j = t.panel_begin; j < t.panel_end; ++j)
     for (int i = 0; i < n; ++i)

@@ -22,5 +22,6 @@
 #endif
 #ifdef FASTCONV_AMX
 #undef FASTCONV_TILE_ZERO
+#undef FASTCONV_TILE_STORE
 #undef FASTCONV_TILE_FENCE
 #endif

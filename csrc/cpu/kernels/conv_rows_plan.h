@@ -18,7 +18,6 @@ struct RowsShape {  // of the register tile
   int64_t rows, columns;
   int64_t grain = 1;  // tiles get multiples of this many rows
 };
-constexpr int64_t kTileUnits = 16;  // of a tile register's row
 
 struct RowsPlanData {
   RowsPlan plan;

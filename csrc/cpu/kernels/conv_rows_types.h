@@ -22,6 +22,8 @@ struct RowsClass {
   int64_t nh, nw;
 };
 
+constexpr int64_t kTileUnits = 16;  // of a tile register's row
+
 // Sixteen rows of one segment as tile registers load them (gemm_tile_amx.h): row i of the units [16 u, 16 u + 16) lies
 // at base + i * step + u * next.
 struct RowsSource {

@@ -81,6 +81,16 @@ inline void pack_columns(const T* const* rows, int64_t units, int64_t c0, int64_
   }
 }
 
+// Packed blocks of one tile of filters (a_stride: between tile registers, of which AVX has none).
+template <class T, class D>
+FASTCONV_INLINE void tile_packed(const char* a, int64_t /*a_stride*/, const char* b, int64_t units, D* out, int64_t ld,
+                                 int n_rows, int n_cols, bool add, bool past) {
+  tile_outer<T, D, false>(a, b, nullptr, nullptr, units, out, ld, n_rows, n_cols, add, past);
+}
+#endif
+
+constexpr int kBlockRows = kGrain > 1 ? kGrain : kTileRows;  // filters of one block of A
+
 // One block of units into rows [ka, kb) of one tap. Columns inside rows: a row of dw is written in order.
 template <class T, class D>
 void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x, int64_t units, int64_t ka, int64_t kb,
@@ -96,7 +106,7 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
       return;
     }
   }
-  const int64_t a_stride = units * kTileRows * 4 + 64,
+  const int64_t a_stride = units * kBlockRows * 4 + 64,
                 b_stride = units * kTileCols * 4 + 64;  // + 64: not the same cache set
   pack_rows(dz, units, ka, kb, t.a, a_stride);
   const int64_t at_once = kWgradColumnBytes / b_stride * kTileCols;
@@ -107,13 +117,12 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
       const int n_rows = kb - k < kTileRows ? (int)(kb - k) : kTileRows;
       for (int64_t c = c0; c < c1; c += kTileCols) {
         const int n_cols = c1 - c < kTileCols ? (int)(c1 - c) : kTileCols;
-        tile_outer<T, D, false>(t.a + (k - ka) / kTileRows * a_stride, t.b + (c - c0) / kTileCols * b_stride, nullptr,
-                                nullptr, units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add, past);
+        tile_packed<T, D>(t.a + (k - ka) / kBlockRows * a_stride, a_stride, t.b + (c - c0) / kTileCols * b_stride,
+                          units, out + (k - ka) * ld + (c - t.c0), ld, n_rows, n_cols, add, past);
       }
     }
   }
 }
-#endif
 
 struct TapShift {  // where tap (r, s) reads, and the output positions that it serves
   int64_t dh, dw;

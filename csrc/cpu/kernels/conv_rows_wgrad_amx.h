@@ -16,16 +16,16 @@ FASTCONV_INLINE u32v load_position(const bf16* p, int64_t c, int64_t n) {
   return (u32v)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p + c);
 }
 
-// A: [k / 16][steps][16 rows of k][16 units of two positions]; blocks of 16 rows are `stride` bytes apart. Writes whole
-// pairs of blocks. Zipping halves of vectors gives rows out of order, which the transpose's result is stored by.
-inline void pack_rows_amx(const bf16* const* rows, int64_t steps, int64_t k0, int64_t k1, char* a, int64_t stride) {
-  for (int64_t s = 0; s < steps; ++s, rows += 2 * kStepUnits, a += kRegisterBytes) {
+// A: [k / 16][units / 16][16 rows of k][16 units of two positions]; blocks of 16 rows are `stride` bytes apart. Writes
+// whole pairs of blocks. Zipping halves of vectors gives rows out of order, which the transpose's result is stored by.
+inline void pack_rows(const bf16* const* rows, int64_t units, int64_t k0, int64_t k1, char* a, int64_t stride) {
+  for (int64_t u0 = 0; u0 < units; u0 += kTileUnits, rows += 2 * kTileUnits, a += kRegisterBytes) {
     for (int64_t k = k0; k < k1; k += 32) {
       char* to = a + (k - k0) / 16 * stride;
       for (int odd = 0; odd < 2; ++odd) {
-        u32v t[kStepUnits];
+        u32v t[kTileUnits];
 #pragma GCC unroll 16
-        for (int u = 0; u < kStepUnits; ++u) {
+        for (int u = 0; u < kTileUnits; ++u) {
           const __m512i x = (__m512i)load_position(rows[2 * u], k, k1 - k);
           const __m512i y = (__m512i)load_position(rows[2 * u + 1], k, k1 - k);
           t[u] = (u32v)(odd ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y));
@@ -41,10 +41,10 @@ inline void pack_rows_amx(const bf16* const* rows, int64_t steps, int64_t k0, in
   }
 }
 
-// B: [c / 32][16 * steps units of two positions][32 columns]; blocks are `stride` bytes apart.
-inline void pack_columns_amx(const bf16* const* rows, int64_t steps, int64_t c0, int64_t c1, char* b, int64_t stride) {
+// B: [c / 32][units of two positions][32 columns]; blocks are `stride` bytes apart.
+inline void pack_columns(const bf16* const* rows, int64_t units, int64_t c0, int64_t c1, char* b, int64_t stride) {
   const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  for (int64_t u = 0; u < steps * kStepUnits; ++u, rows += 2, b += kPanelRow) {
+  for (int64_t u = 0; u < units; ++u, rows += 2, b += kPanelRow) {
     char* to = b;
     for (int64_t c = c0; c < c1; c += kTileCols, to += stride) {
       const __m512i x = (__m512i)load_position(rows[0], c, c1 - c), y = (__m512i)load_position(rows[1], c, c1 - c);
@@ -55,11 +55,12 @@ inline void pack_columns_amx(const bf16* const* rows, int64_t steps, int64_t c0,
   }
 }
 
-// a: two blocks of 16 rows, a_stride apart; b: one of 32 columns; the first n_rows x n_cols of the product to out, as
-// tile_outer() of gemm_tile.h.
-template <class D>
-__attribute__((noinline)) void tile_outer_amx(const char* a, int64_t a_stride, const char* b, int64_t steps, D* out,
-                                              int64_t ld, int n_rows, int n_cols, bool add, bool past) {
+// a: two blocks of 16 rows, a_stride apart; b: one of 32 columns; as tile_outer() of gemm_tile.h. A whole tile of fp32
+// sums starts from what `out` holds, and is stored there, by the registers themselves.
+template <class T, class D>
+__attribute__((noinline)) void tile_packed(const char* a, int64_t a_stride, const char* b, int64_t units, D* out,
+                                           int64_t ld, int n_rows, int n_cols, bool add, bool past) {
+  const int64_t steps = units / kTileUnits;
   const bool whole = sizeof(D) == 4 && n_rows == kTileRows && n_cols == kTileCols && !past;
   char *c = (char*)out, *c_low = c + 16 * ld * (int64_t)sizeof(D);
   const int64_t row = ld * (int64_t)sizeof(D);
@@ -74,15 +75,12 @@ __attribute__((noinline)) void tile_outer_amx(const char* a, int64_t a_stride, c
   }
   const RowsSource sources[2] = {{a, kRowBytes, kRegisterBytes}, {a + a_stride, kRowBytes, kRegisterBytes}};
   const char *a0 = sources[0].base, *a1 = sources[1].base;
-  if (whole || n_rows > kGrain)
+  if (n_rows > kGrain)
     multiply_steps<2>(a0, a1, sources, b, steps);
   else
     multiply_steps<1>(a0, a1, sources, b, steps);
   if (whole) {
-    _tile_stored(0, c, row);
-    _tile_stored(1, c + kRowBytes, row);
-    _tile_stored(2, c_low, row);
-    _tile_stored(3, c_low + kRowBytes, row);
+    FASTCONV_TILE_STORE(c, c_low, row);
     return;
   }
   f32v sums[kTileRows * kTileVecs];
@@ -90,41 +88,7 @@ __attribute__((noinline)) void tile_outer_amx(const char* a, int64_t a_stride, c
     fold_registers<2>(sums, false);
   else
     fold_registers<1>(sums, false);
-  for (int i = 0; i < n_rows; ++i)
-    for (int v = 0; v < kTileVecs && n_cols > v * kLanes; ++v) {
-      const int n = n_cols - v * kLanes;
-      D* p = out + i * ld + v * kLanes;
-      f32v y = sums[i * kTileVecs + v];
-      if constexpr (sizeof(D) == 4) {
-        if (past && n >= kLanes) {
-          stream(p, y);
-          continue;
-        }
-      }
-      if (add) y += load_lanes(p, n);
-      store_lanes(p, y, n);
-    }
-}
-
-// One block of units into rows [ka, kb) of one tap; dz and x have whole steps of positions, null behind the last.
-template <class T, class D>
-void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x, int64_t units, int64_t ka, int64_t kb,
-                 D* out, int64_t ld, bool add, bool past) {
-  const int64_t steps = units / kStepUnits;
-  const int64_t a_stride = steps * kRegisterBytes + 64, b_stride = steps * kPanelStep + 64;
-  pack_rows_amx(dz, steps, ka, kb, t.a, a_stride);
-  const int64_t at_once = kWgradColumnBytes / b_stride * kTileCols;
-  for (int64_t c0 = t.c0; c0 < t.c1; c0 += at_once) {
-    const int64_t c1 = c0 + at_once < t.c1 ? c0 + at_once : t.c1;
-    pack_columns_amx(x, steps, c0, c1, t.b, b_stride);
-    for (int64_t k = ka; k < kb; k += kTileRows) {
-      const int n_rows = kb - k < kTileRows ? (int)(kb - k) : kTileRows;
-      for (int64_t c = c0; c < c1; c += kTileCols)
-        tile_outer_amx<D>(t.a + (k - ka) / 16 * a_stride, a_stride, t.b + (c - c0) / kTileCols * b_stride, steps,
-                          out + (k - ka) * ld + (c - t.c0), ld, n_rows, c1 - c < kTileCols ? (int)(c1 - c) : kTileCols,
-                          add, past);
-    }
-  }
+  store_sums(sums, out, ld, n_rows, n_cols, add, past);
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS

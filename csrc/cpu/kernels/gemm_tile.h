@@ -82,6 +82,11 @@ FASTCONV_INLINE void store_lanes(T* p, f32v v, int n) {
 #endif
 }
 
+FASTCONV_INLINE f32v activate(f32v y, Act act) {
+  if (act == Act::identity) return y;
+  return act == Act::relu ? apply_act<float, kActRelu>(y, act) : act_any<float>(y, act);
+}
+
 // y = act((acc - mean) * scale + shift + residual) on columns [j, j + n) of n_rows rows of sums, in memory. Out of
 // line: inlined into the tile it cost 150 cycles a tile in tests and spilled addresses, against 40 for the way through
 // L1.
@@ -97,11 +102,7 @@ __attribute__((noinline)) void finish(const RowsEpilogue<T>& e, const int64_t* a
       f32v y = (sums[i * kTileVecs + v] - mean) * scale + shift;
       if (e.residual) y += load_lanes(e.residual + at[i] + j, n);
       if (e.pre) store_lanes(e.pre + at[i] + j, y, n);
-      if (e.act == Act::relu)
-        y = apply_act<float, kActRelu>(y, e.act);
-      else if (e.act != Act::identity)
-        y = act_any<float>(y, e.act);
-      store_lanes(e.out + at[i] + j, y, n);
+      store_lanes(e.out + at[i] + j, activate(y, e.act), n);
     }
   }
 }
@@ -179,14 +180,18 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
   finish(e, at, j, sum, R, columns - j < kTileCols ? (int)(columns - j) : kTileCols);
 }
 
-template <class T>
-FASTCONV_INLINE void tile_rows_any(int n_rows, const char* const* rows, const RowsSegment* segments, int n_segments,
-                                   const char* panel, const RowsEpilogue<T>& e, const int64_t* at, int64_t j,
-                                   int64_t columns) {
+template <int R>
+struct TileHeight {
+  static constexpr int rows = R;
+};
+
+// f(TileHeight<n_rows>): the code of a tile depends on its number of rows.
+template <class F>
+FASTCONV_INLINE void with_tile_height(int n_rows, const F& f) {
   switch (n_rows) {
 #define FASTCONV_TILE(R) \
   case R:                \
-    return tile_rows<T, R>(rows, segments, n_segments, panel, e, at, j, columns);
+    return f(TileHeight<R>{});
     FASTCONV_TILE(1)
     FASTCONV_TILE(2)
     FASTCONV_TILE(3)
@@ -199,6 +204,25 @@ FASTCONV_INLINE void tile_rows_any(int n_rows, const char* const* rows, const Ro
 #endif
 #undef FASTCONV_TILE
   }
+}
+
+// Sums of a tile to its first n_rows x n_cols elements of out (row stride ld), as tile_outer() says.
+template <class D>
+FASTCONV_INLINE void store_sums(const f32v* sums, D* out, int64_t ld, int n_rows, int n_cols, bool add, bool past) {
+  for (int i = 0; i < n_rows; ++i)
+    for (int v = 0; v < kTileVecs && n_cols > v * kLanes; ++v) {
+      const int n = n_cols - v * kLanes;
+      D* p = out + i * ld + v * kLanes;
+      f32v y = sums[i * kTileVecs + v];
+      if constexpr (sizeof(D) == 4) {
+        if (past && n >= kLanes) {
+          stream(p, y);
+          continue;
+        }
+      }
+      if (add) y += load_lanes(p, n);
+      store_lanes(p, y, n);
+    }
 }
 
 // a [units][kTileRows] and b [units][kTileCols], packed, or (DIRECT, fp32) a + a_rows[u] and b + b_rows[u] where they
@@ -245,14 +269,7 @@ __attribute__((noinline)) void tile_outer(const char* a, const char* b, const T*
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
     for (int v = 0; v < kTileVecs; ++v) sums[i * kTileVecs + v] = acc[i][v];
-  for (int i = 0; i < n_rows; ++i)
-    for (int v = 0; v < kTileVecs && n_cols > v * kLanes; ++v) {
-      const int n = n_cols - v * kLanes;
-      D* p = out + i * ld + v * kLanes;
-      f32v y = sums[i * kTileVecs + v];
-      if (add) y += load_lanes(p, n);
-      store_lanes(p, y, n);
-    }
+  store_sums(sums, out, ld, n_rows, n_cols, add, false);
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS

@@ -24,7 +24,6 @@ constexpr int64_t kRowBytes = 64;                   // of a register
 constexpr int64_t kPanelStep = 16 * kTileCols * 4;  // 16 units of a panel
 constexpr int64_t kPanelRow = kTileCols * 4;        // one unit of a panel
 constexpr int64_t kFoldSteps = 64;                  // 1024 units
-constexpr int kStepUnits = 16;
 
 // The intrinsics are statements of assembly that name no memory: nothing that they read may be written after them.
 #define FASTCONV_TILE_FENCE asm volatile("" ::: "memory")
@@ -70,7 +69,7 @@ inline void stage_rows(const RowsTask<T, W>& t, const RowsGroup& group, const in
   RowsSource* sources = t.sources + i * t.sources_tile;
   char* staged = t.staged + i * t.staged_tile;
   for (int g = 0; g < group.n_segments; ++g) {
-    const int64_t units = group.segments[g].units, steps = units / kStepUnits, rest = units % kStepUnits;
+    const int64_t units = group.segments[g].units, steps = units / kTileUnits, rest = units % kTileUnits;
     for (int half = 0; half < 2 && rows[half] > 0; ++half) {
       const char* const* from = t.table + g * kTileRows + half * kGrain;
       if (rest == 0 && lie_evenly(t, from, rows[half], units * 4)) {
@@ -89,21 +88,7 @@ inline void stage_rows(const RowsTask<T, W>& t, const RowsGroup& group, const in
   }
 }
 
-// Registers 0 to 3 to memory, or onto what is there: [row][kTileVecs]. HALVES 1: 2 and 3 are a second sum of 0 and 1.
-template <int HALVES>
-FASTCONV_INLINE void fold_registers(f32v* sums, bool add) {
-  f32v part[kTileRows * kTileVecs];
-  f32v *low = add ? part : sums, *high = add || HALVES == 1 ? part + kGrain * kTileVecs : sums + kGrain * kTileVecs;
-  _tile_stored(0, low, kPanelRow);
-  _tile_stored(1, low + 1, kPanelRow);
-  _tile_stored(2, high, kPanelRow);
-  _tile_stored(3, high + 1, kPanelRow);
-  if (add)
-    for (int i = 0; i < HALVES * kGrain * kTileVecs; ++i) sums[i] += part[i];
-  if (HALVES == 1)
-    for (int i = 0; i < kGrain * kTileVecs; ++i) sums[i] += high[i];
-}
-
+// Registers 0 to 3: the sums of 16 rows x 32 columns and of the 16 rows below.
 #define FASTCONV_TILE_ZERO \
   do {                     \
     _tile_zero(0);         \
@@ -111,6 +96,25 @@ FASTCONV_INLINE void fold_registers(f32v* sums, bool add) {
     _tile_zero(2);         \
     _tile_zero(3);         \
   } while (0)
+#define FASTCONV_TILE_STORE(low, high, step)          \
+  do {                                                \
+    _tile_stored(0, low, step);                       \
+    _tile_stored(1, (char*)(low) + kRowBytes, step);  \
+    _tile_stored(2, high, step);                      \
+    _tile_stored(3, (char*)(high) + kRowBytes, step); \
+  } while (0)
+
+// Registers 0 to 3 to memory, or onto what is there: [row][kTileVecs]. HALVES 1: 2 and 3 are a second sum of 0 and 1.
+template <int HALVES>
+FASTCONV_INLINE void fold_registers(f32v* sums, bool add) {
+  f32v part[kTileRows * kTileVecs];
+  f32v *low = add ? part : sums, *high = add || HALVES == 1 ? part + kGrain * kTileVecs : sums + kGrain * kTileVecs;
+  FASTCONV_TILE_STORE(low, high, kPanelRow);
+  if (add)
+    for (int i = 0; i < HALVES * kGrain * kTileVecs; ++i) sums[i] += part[i];
+  if (HALVES == 1)
+    for (int i = 0; i < kGrain * kTileVecs; ++i) sums[i] += high[i];
+}
 
 // One step of 16 units: rows at a0 and a1, columns at b.
 #define FASTCONV_TILE_STEP2(a0, step0, a1, step1, b) \
@@ -165,8 +169,8 @@ FASTCONV_INLINE void multiply_tile(const RowsSource* sources, const RowsSegment*
   for (int g = 0; g < n_segments; ++g) {
     const RowsSource* s = sources + 2 * g;
     const char *a0 = s[0].base, *a1 = HALVES == 2 ? s[1].base : nullptr, *b = panel + segments[g].panel * kPanelRow;
-    const int64_t rest = segments[g].units % kStepUnits;
-    for (int64_t left = segments[g].units / kStepUnits; left > 0;) {
+    const int64_t rest = segments[g].units % kTileUnits;
+    for (int64_t left = segments[g].units / kTileUnits; left > 0;) {
       if (done == kFoldSteps) {
         fold_registers<HALVES>(sums, folded);
         FASTCONV_TILE_ZERO;
@@ -179,8 +183,8 @@ FASTCONV_INLINE void multiply_tile(const RowsSource* sources, const RowsSegment*
       done += n;
     }
     if (rest) {
-      u32v last[kStepUnits * kTileVecs];
-      for (int i = 0; i < kStepUnits * kTileVecs; ++i) last[i] = i < rest * kTileVecs ? ((const u32v_u*)b)[i] : u32v{};
+      u32v last[kTileUnits * kTileVecs];
+      for (int i = 0; i < kTileUnits * kTileVecs; ++i) last[i] = i < rest * kTileVecs ? ((const u32v_u*)b)[i] : u32v{};
       const char* zeroed = (const char*)last;
       FASTCONV_TILE_FENCE;
       multiply_steps<HALVES>(a0, a1, s, zeroed, 1);
@@ -208,11 +212,7 @@ inline void finish_whole(const RowsEpilogue<bf16>& e, const int64_t* at, int64_t
     if (e.residual)
       for (int v = 0; v < 2; ++v) y[v] += Vec<bf16>::load(e.residual + at[i] + j + v * kLanes);
     if (e.pre) *(u32v_u*)(e.pre + at[i] + j) = pair(y[0], y[1]);
-    if (e.act == Act::relu)
-      for (int v = 0; v < 2; ++v) y[v] = apply_act<float, kActRelu>(y[v], e.act);
-    else if (e.act != Act::identity)
-      for (int v = 0; v < 2; ++v) y[v] = act_any<float>(y[v], e.act);
-    *(u32v_u*)(e.out + at[i] + j) = pair(y[0], y[1]);
+    *(u32v_u*)(e.out + at[i] + j) = pair(activate(y[0], e.act), activate(y[1], e.act));
   }
 }
 
