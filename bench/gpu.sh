@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh [--seconds N] OUTDIR [PART...]
 #
-#   PART: info build fragments test sanitize tune ops train pdl   (the default: these, in this order)
+#   PART: info build fragments test sanitize tune ops train plan pdl   (the default: these, in this order)
 #         simt test_all ops_all train_fp32 compile                (by name only: they take longer)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
@@ -16,10 +16,10 @@ cd "$(dirname "$0")/.." || exit 2
 
 # Seconds, on 16 cores and one GPU. Estimates: no GPU has run them yet.
 declare -A LIMIT=(
-  [info]=15 [build]=150 [fragments]=20 [test]=110 [sanitize]=80 [tune]=55 [ops]=65 [train]=60 [pdl]=30
+  [info]=15 [build]=150 [fragments]=20 [test]=100 [sanitize]=75 [tune]=50 [ops]=60 [train]=55 [plan]=40 [pdl]=30
   [simt]=600 [test_all]=600 [ops_all]=600 [train_fp32]=60 [compile]=600
 )
-DEFAULT=(info build fragments test sanitize tune ops train pdl)
+DEFAULT=(info build fragments test sanitize tune ops train plan pdl)
 
 # One pytest process per file, $JOBS side by side; a line per file, then the sum of their counts. Arguments: of pytest.
 tests_by_file() {
@@ -141,6 +141,12 @@ part_train_fp32() {
   local batch status=0
   for batch in 4 128 512; do train fp32 "$batch" || status=1; done
   return $status
+}
+
+# The training step as a plan beside the eager path's and stock's, all in CUDA graphs.
+part_plan() {
+  "$PYTHON" bench/train_step.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 4 128 --quick &&
+    "$PYTHON" bench/page.py "$out/bench_plan"
 }
 
 # Programmatic dependent launch: the same training step of the cuda backend without and with it.

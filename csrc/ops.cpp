@@ -20,6 +20,7 @@
 #endif
 
 TORCH_LIBRARY(fastconv, m) { fastconv::define_operators(m); }
+TORCH_LIBRARY(fastconv_plan, m) { fastconv::define_plan_operators(m); }
 
 namespace {
 

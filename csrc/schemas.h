@@ -105,4 +105,38 @@ inline void define_operators(torch::Library& m) {
       tags);
 }
 
+// The steps of a plan (fastconv/_plan): they write into tensors that the plan owns. 4-d tensors are dense NHWC;
+// geometry: stride, padding, dilation (h and w of each) and groups. The library is fastconv_plan.
+inline void define_plan_operators(torch::Library& m) {
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? packed, Tensor? mean, Tensor? scale, Tensor? shift, Tensor? "
+      "residual, int[] geometry, str activation, Tensor(a!)? preact, Tensor(b!) output) -> ()");
+  m.def("conv2d_pack(Tensor input, Tensor weight, int[] geometry) -> Tensor");
+  m.def(
+      "conv2d_input_grad(Tensor grad_output, Tensor weight, Tensor? addend, int[] geometry, Tensor(a!) grad_input) -> "
+      "()");
+  m.def(
+      "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) grad_weight) -> "
+      "()");
+  m.def(
+      "conv2d_weight_grad_update(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) "
+      "parameter, Tensor(b!)[] state, Tensor(c!)? half, Tensor hyper, str optimizer, bool skip_dead) -> ()");
+  m.def(
+      "update(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, int per, Tensor(c!)[] halves, Tensor hyper, "
+      "str optimizer, int[] live) -> ()");
+  // On GPUs: raw = conv2d(input, weight) + bias, output = act(batch_norm(raw) + residual), the statistics on the way.
+  m.def(
+      "conv2d_bn(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int[] geometry, float? "
+      "momentum, float eps, str activation, Tensor(d!) raw, Tensor(e!) output) -> (Tensor, Tensor)");
+  m.def(
+      "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? "
+      "running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, Tensor(d!) output) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? residual, Tensor? weight, Tensor? "
+      "bias, Tensor mean, Tensor invstd, str activation, Tensor(a!) grad_input, Tensor(b!)? grad_residual) -> (Tensor, "
+      "Tensor)");
+}
+
 }  // namespace fastconv

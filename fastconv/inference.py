@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _ext
 from ._plan import Refused
-from ._plan.inference import InferencePlan
+from ._plan.inference import GraphedPlan, InferencePlan
+from ._plan.kernels import kernels
 from .fuse import fuse
 from .ops import current_backend
 
@@ -24,7 +24,7 @@ _KEPT = 16  # plans, one per input shape
 
 
 def optimize_for_inference(
-    model: nn.Module, example_input: Tensor, *, dtype: torch.dtype | None = None
+    model: nn.Module, example_input: Tensor, *, dtype: torch.dtype | None = None, plan: bool | str = "auto"
 ) -> OptimizedModule:
     """A copy of the model for inference: batch norm inside the convolutions, weights packed, one static plan.
 
@@ -34,12 +34,15 @@ def optimize_for_inference(
     Other shapes get a plan each at their first call.
     dtype: what the convolutions multiply, torch.float32 or torch.bfloat16 (sums are fp32 either way); by default the
     model's own. Results have the dtype of the input.
+    plan: "auto" makes plans where they were measured to be faster: on a CPU. True makes them on a GPU too, each in a
+    CUDA graph, of the ``cuda`` kernels (no GPU has run one yet), and raises RuntimeError, with the reason, where there
+    can be none; False makes none.
 
     The result is called like the model, never records gradients, and returns a tensor of the caller's own. What the
-    plan cannot hold (a model off the CPU, several outputs, a module without a step) runs as
+    plan cannot hold (several outputs, a module without a step) runs as
     ``fastconv.fuse(model)`` instead, and ``.plan_reason`` says why; it is "" where the plan runs.
 
-    Raises TypeError if model or example_input is none, ValueError on another dtype.
+    Raises TypeError if model or example_input is none, ValueError on another dtype or plan.
 
     >>> fast = fastconv.optimize_for_inference(model, torch.randn(1, 3, 224, 224))
     >>> logits = fast(images)
@@ -50,7 +53,9 @@ def optimize_for_inference(
         raise TypeError(f"optimize_for_inference: example_input expected Tensor, got {type(example_input).__name__}")
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"optimize_for_inference: dtype expected None, float32 or bfloat16, got {dtype}")
-    optimized = OptimizedModule(model, dtype)
+    if plan not in ("auto", True, False):
+        raise ValueError(f'optimize_for_inference: plan expected "auto", True or False, got {plan!r}')
+    optimized = OptimizedModule(model, dtype, plan)
     with torch.no_grad():
         optimized(example_input)
     return optimized
@@ -63,8 +68,9 @@ class OptimizedModule(nn.Module):
     ``.to()``, ``load_state_dict()`` and unpickling make the plans anew; in-place changes to single weights do not.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, plan: bool | str = "auto") -> None:
         super().__init__()
+        self.plan = plan
         model = copy.deepcopy(model).eval().requires_grad_(False)
         first = _first_float(model)
         self.dtype = dtype or (first.dtype if first is not None else torch.float32)
@@ -75,7 +81,7 @@ class OptimizedModule(nn.Module):
         super().train(False)
 
     def _fresh(self) -> None:
-        self._plans: OrderedDict[Any, InferencePlan | str] = OrderedDict()
+        self._plans: OrderedDict[Any, InferencePlan | GraphedPlan | str] = OrderedDict()
         self._lower: list[nn.Module] = []  # the copy in self.dtype that calls without a plan run
         self._lock = threading.Lock()  # the buffers belong to one call at a time
 
@@ -117,10 +123,12 @@ class OptimizedModule(nn.Module):
             return self._without(x)
         with self._lock:
             plan = self._plan(x)
-            if isinstance(plan, InferencePlan):
+            if not isinstance(plan, str):
                 self.plan_reason = ""
                 out = plan.run(x if x.dtype is self.dtype else x.to(self.dtype))
-        if not isinstance(plan, InferencePlan):
+        if isinstance(plan, str):
+            if self.plan is True:
+                raise RuntimeError(f"optimize_for_inference: plan=True expected what a plan can hold: {plan}")
             if plan != self.plan_reason:
                 log.info("optimize_for_inference: no plan: %s", plan)
             self.plan_reason = plan
@@ -129,9 +137,12 @@ class OptimizedModule(nn.Module):
             out = out.contiguous()  # as the model itself does: its results have the layout of its input
         return out.to(x.dtype)
 
-    def _plan(self, x: Tensor) -> InferencePlan | str:
-        key = (tuple(x.shape), x.device, x.is_floating_point(), torch.is_autocast_enabled("cpu"), current_backend())
+    def _plan(self, x: Tensor) -> InferencePlan | GraphedPlan | str:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        key = (tuple(x.shape), x.device, x.is_floating_point(), autocast, current_backend())
         plan = self._plans.get(key)
+        if plan is None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured, and this shape has no plan yet"
         if plan is None:
             plan = self._plans[key] = self._make(x)
             if len(self._plans) > _KEPT:
@@ -140,22 +151,24 @@ class OptimizedModule(nn.Module):
             self._plans.move_to_end(key)
         return plan
 
-    def _make(self, x: Tensor) -> InferencePlan | str:
-        devices = {p.device.type for p in self.model.parameters()} | {x.device.type}
-        if not _ext.HAS_EXT:
-            return _ext.EXT_REASON
-        if devices != {"cpu"}:
-            return f"plans run on a CPU, model and input are on {', '.join(sorted(devices))}"
+    def _make(self, x: Tensor) -> InferencePlan | GraphedPlan | str:
+        devices = {p.device for p in self.model.parameters()} | {x.device}
+        if len(devices) > 1:
+            return f"model and input are on several devices: {', '.join(sorted(map(str, devices)))}"
+        if self.plan is False or (self.plan == "auto" and x.device.type != "cpu"):
+            return f"no plan is wanted on {x.device}: plan=True asks for one"
+        chosen = kernels(x.device)
+        if isinstance(chosen, str):
+            return chosen
         if self.dtype not in _DTYPES or not x.is_floating_point():
             return f"plans take float32 and bfloat16, not {self.dtype} on an input of {x.dtype}"
-        if current_backend() not in ("auto", "cpu"):
-            return f"the backend {current_backend()} was chosen, plans run cpu's kernels"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(x.device.type):
             return "autocast is on: choose the plan's dtype with dtype= instead"
         if x.numel() == 0 or type(x) is not Tensor:
             return "the input is empty, or a tensor subclass"
         try:
-            return InferencePlan(self.model, tuple(x.shape), self.dtype)
+            plan = InferencePlan(self.model, tuple(x.shape), self.dtype, chosen)
+            return GraphedPlan(plan, x.to(self.dtype)) if x.is_cuda else plan
         except Refused as error:
             return str(error)
 

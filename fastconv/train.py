@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._plan.step import StepPlans
+from ._plan.training import TrainingPlan
 
 log = logging.getLogger("fastconv")
 
@@ -34,11 +35,16 @@ class TrainStep:
     keep_grads: False lets a plan consume each weight gradient at once, inside the optimizer's step, and leaves
     ``p.grad`` None; True leaves the step's gradients in ``p.grad``.
 
-    On a CPU, in fp32 or bf16, the step of a fused model is a **plan**, one per input shape: its forward, cross-entropy,
+    plan: "auto" runs the step as a plan where plans were measured to be faster: on a CPU. True does so on a GPU too,
+    inside the CUDA graph, and raises RuntimeError, with the reason, where there can be none; False never does.
+
+    In fp32 or bf16 the step of a fused model can be a **plan**, one per input shape: its forward, cross-entropy,
     backward and SGD, Adam or AdamW as one call into C++ over static buffers. Another optimizer, or one with step hooks
     (gradient clipping, say), steps by itself after the plan, as with keep_grads=True. What a plan cannot hold (another
     loss, a module without a step, hooks) runs as the plain loop, and ``step.plan_reason`` says why; it is "" where the
-    plan runs. Batch size may change, as may learning rate, weights (load_state_dict) and layers between steps.
+    plan runs. Batch size may change, as may learning rate, weights (load_state_dict) and layers between steps. A GPU's
+    plan keeps bf16 copies of the weights, which the optimizer's one launch refreshes, where autocast casts each weight
+    and each gradient; it runs the ``cuda`` kernels throughout, whatever was measured. No GPU has run one yet.
 
     ``step(x, y)`` takes tensors on the model's device and returns the loss, detached, without a host sync: read it with
     ``.item()`` as seldom as you can. Every call trains on its own batch; capture and warm-up repeat none.
@@ -63,6 +69,7 @@ class TrainStep:
         autocast_dtype: torch.dtype | None = None,
         cuda_graph: bool | str = "auto",
         keep_grads: bool = False,
+        plan: bool | str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"TrainStep: model expected torch.nn.Module, got {type(model).__name__}")
@@ -74,6 +81,8 @@ class TrainStep:
             raise ValueError(f"TrainStep: autocast_dtype expected None, bfloat16 or float16, got {autocast_dtype}")
         if cuda_graph not in ("auto", True, False):
             raise ValueError(f'TrainStep: cuda_graph expected "auto", True or False, got {cuda_graph!r}')
+        if plan not in ("auto", True, False):
+            raise ValueError(f'TrainStep: plan expected "auto", True or False, got {plan!r}')
         devices = {p.device for p in model.parameters()}
         if len(devices) != 1:
             raise RuntimeError(
@@ -86,7 +95,9 @@ class TrainStep:
         self.autocast_dtype = autocast_dtype
         self.scaler = torch.amp.GradScaler(self.device.type) if autocast_dtype is torch.float16 else None
         self.keep_grads = keep_grads
-        self._plans: StepPlans | None = StepPlans(self) if self.device.type == "cpu" else None
+        self.plan_required = plan is True
+        wanted = self.device.type == "cpu" if plan == "auto" else plan
+        self._plans: StepPlans | None = StepPlans(self) if wanted else None
         self._graphs: _StepGraphs | None = None
         if self.device.type == "cuda" and cuda_graph is not False:
             self._graphs = _StepGraphs(self, required=cuda_graph is True)
@@ -102,18 +113,29 @@ class TrainStep:
                 raise TypeError(f"TrainStep: {name} expected Tensor, got {type(value).__name__}")
             if value.device != self.device:
                 raise RuntimeError(f"TrainStep: {name} expected on {self.device} like the model, got {value.device}")
-        if self._plans is not None:
-            plan = self._plans.find(x, y)
-            return self.eager(x, y) if plan is None else self._plans.run(plan, x, y)
-        return self.eager(x, y) if self._graphs is None else self._graphs(x, y)
+        plan = None if self._plans is None else self._plans.find(x, y)
+        if plan is None and self.plan_required:
+            raise RuntimeError(f"TrainStep: plan=True expected a step that a plan can hold: {self.plan_reason}")
+        if self._graphs is not None:
+            return self._graphs(x, y, plan)
+        return self.plain(x, y, plan)
 
     @property
     def plan_reason(self) -> str:
         """Why the last step ran without a plan; "" if it ran with one."""
-        return f"plans run on a CPU, the model is on {self.device}" if self._plans is None else self._plans.reason
+        if self._plans is None:
+            return f"no plan is wanted on {self.device}: plan=True asks for one"
+        return self._plans.reason
+
+    def plain(self, x: Tensor, y: Tensor, plan: TrainingPlan | None) -> Tensor:
+        """The step without a CUDA graph."""
+        return self.eager(x, y) if plan is None else self._plans.run(plan, x, y)
+
+    def ran(self, plan: TrainingPlan) -> None:
+        self._plans.ran(plan)
 
     def eager(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same step without a graph."""
+        """The step as a loop would make it, without graph or plan."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(x, y)
         self.update()
@@ -159,30 +181,31 @@ class _StepGraphs:
         groups = self.step.optimizer.param_groups
         return [tuple(v for k, v in sorted(g.items()) if k != "params" and not isinstance(v, Tensor)) for g in groups]
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, plan: TrainingPlan | None) -> Tensor:
         self.calls += 1
         if self.refused:
-            return self.step.eager(x, y)
+            return self.step.plain(x, y, plan)
         if self.calls <= _WARMUP:
             # On the side stream, so that nothing the capture reuses was first allocated for the default stream.
             self.stream.wait_stream(torch.cuda.current_stream(self.step.device))
             with torch.cuda.stream(self.stream):
-                loss = self.step.eager(x, y)
+                loss = self.step.plain(x, y, plan)
             torch.cuda.current_stream(self.step.device).wait_stream(self.stream)
             loss.record_stream(torch.cuda.current_stream(self.step.device))
             return loss
-        self._forget_if_changed()
+        if plan is None:  # a plan's optimizer reads its numbers from the device, or steps outside the graph
+            self._forget_if_changed()
         key = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, self.step.model.training)
-        if key not in self.cache:
+        if key not in self.cache or self.cache[key].plan is not plan:
             try:
-                self.cache[key] = _Captured(self, x, y)
+                self.cache[key] = _Captured(self, x, y, plan)
             except RuntimeError as error:
                 # Nothing of a failed capture was executed: the batch is trained on below, outside a graph.
                 if self.required:
                     raise
                 self.refused = str(error)
                 log.warning("TrainStep runs without a CUDA graph: %s", error)
-                return self.step.eager(x, y)
+                return self.step.plain(x, y, plan)
         return self.cache[key].replay(x, y)
 
     def _forget_if_changed(self) -> None:
@@ -199,16 +222,22 @@ class _StepGraphs:
 
 
 class _Captured:
-    """One captured step: static inputs, the graph, its loss and its gradients."""
+    """One captured step: static inputs, the graph, its loss and its gradients.
 
-    def __init__(self, graphs: _StepGraphs, x: Tensor, y: Tensor) -> None:
+    plan: the graph holds the plan's calls, and what the plan does on the host around them is done at every replay.
+    """
+
+    def __init__(self, graphs: _StepGraphs, x: Tensor, y: Tensor, plan: TrainingPlan | None) -> None:
         step = self.step = graphs.step
-        self.update_inside = graphs.update_inside
+        self.plan, self.update_inside = plan, graphs.update_inside
         self.x, self.y = x.clone(), y.clone()
         self.graph = torch.cuda.CUDAGraph()
         # Gradients are allocated inside the graph's pool: the backward must find none to add to.
         step.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self.graph, pool=graphs.pool, stream=graphs.stream):
+            if plan is not None:
+                self.loss = plan.launch(self.x, self.y)
+                return
             self.loss = step.backward(self.x, self.y)
             if self.update_inside:
                 step.update()
@@ -217,6 +246,12 @@ class _Captured:
     def replay(self, x: Tensor, y: Tensor) -> Tensor:
         self.x.copy_(x, non_blocking=True)
         self.y.copy_(y, non_blocking=True)
+        if self.plan is not None:
+            self.plan.before()
+            self.graph.replay()
+            self.plan.after(replayed=True)  # an optimizer that is not the plan's own steps here, outside the graph
+            self.step.ran(self.plan)
+            return self.loss.clone()
         self.graph.replay()
         for p, grad in self.grads:
             p.grad = grad  # another shape's graph, or the caller's zero_grad, may have put something else there

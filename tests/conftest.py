@@ -54,7 +54,7 @@ def clean_state() -> Iterator[None]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # A skip raised here, and not in the fixture, is reported as one counted line per backend and reason.
-    for fixture in ("backend", "kernels"):
+    for fixture in ("backend", "kernels", "planner"):
         name = getattr(item, "callspec", None) and item.callspec.params.get(fixture)
         if name == "simt":
             missing = simt_backend.add()
@@ -95,6 +95,27 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def kernels(request: pytest.FixtureRequest) -> Backend:
     """A device with compiled kernels, for tests of the raw operators."""
     return Backend(request.param, request.param)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Whose kernels a TrainStep's plan runs, and the arguments that ask for one there."""
+
+    name: str
+    options: dict
+
+    @property
+    def gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+@pytest.fixture(params=["cpu", "simt", "cuda"])
+def planner(request: pytest.FixtureRequest) -> Iterator[Planner]:
+    """Plans of each kind; new tensors are made on the device that they run on."""
+    name = request.param
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with fastconv.use_backend(name), torch.device("cuda" if name == "cuda" else "cpu"), exact:
+        yield Planner(name, {"plan": True} if name == "cuda" else {})
 
 
 @pytest.fixture

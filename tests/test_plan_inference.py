@@ -67,10 +67,10 @@ def test_torchvision_models_run_as_a_plan(name):
 
 @pytest.mark.parametrize("dtype", (None, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("fused", (False, True))
-def test_dtypes_shapes_and_layouts(dtype, fused):
+def test_dtypes_shapes_and_layouts(dtype, fused, planner):
     model = settled(block())
     given = fastconv.fuse(model) if fused else model
-    optimized = fastconv.optimize_for_inference(given, torch.randn(2, 3, 8, 8), dtype=dtype)
+    optimized = fastconv.optimize_for_inference(given, torch.randn(2, 3, 8, 8), dtype=dtype, **planner.options)
     for size in ((2, 3, 8, 8), (1, 3, 8, 8), (5, 3, 12, 9), (2, 3, 8, 8)):
         x = torch.randn(size)
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -176,6 +176,30 @@ REFUSED = {
     "reflect": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")), "reflect"),
     "double": (lambda: block().double(), "float64"),
 }
+
+
+def test_a_plan_can_be_required_or_refused():
+    model, x = settled(block()), torch.randn(2, 3, 8, 8)
+    without = fastconv.optimize_for_inference(model, x, plan=False)
+    assert "no plan is wanted" in without.plan_reason
+    torch.testing.assert_close(without(x), model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="plan=True expected.*hooks"):
+        fastconv.optimize_for_inference(hooked().eval(), x, plan=True)
+    with pytest.raises(ValueError, match="plan expected"):
+        fastconv.optimize_for_inference(model, x, plan=1.5)
+    again = pickle.loads(pickle.dumps(fastconv.optimize_for_inference(model, x, plan=True)))
+    assert again.plan is True
+
+
+@pytest.mark.parametrize("planner", ("simt", "cuda"), indirect=True)
+@pytest.mark.parametrize("name", ("mobilenet_v3_small", "squeezenet1_1"))
+def test_torchvision_models_run_as_a_gpus_plan(name, planner):
+    model = settled(torchvision.models.get_model(name, num_classes=7), 32)
+    x = torch.randn(1, 3, 32, 32)
+    optimized = fastconv.optimize_for_inference(model, x, **planner.options)
+    assert optimized.plan_reason == ""
+    for _ in range(2):  # on a GPU the first call's plan is replayed
+        compare(model, optimized, x)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -155,7 +155,7 @@ def test_update_takes_gradients_in_any_layout_and_dtype():
     p = torch.randn(4, 8, 3, 3).contiguous(memory_format=LAST)
     expected = p - 0.5 * torch.ones_like(p)
     PLAN.update(
-        [p], [torch.ones(4, 8, 3, 3, dtype=torch.bfloat16)], [], 0, [], torch.tensor([0.5, 0, 0, 0]).double(), "sgd"
+        [p], [torch.ones(4, 8, 3, 3, dtype=torch.bfloat16)], [], 0, [], torch.tensor([0.5, 0, 0, 0]).double(), "sgd", []
     )
     assert torch.equal(p, expected)
 
@@ -177,11 +177,11 @@ def test_bad_arguments_name_themselves():
     assert "output expected size" in message(RuntimeError, 10, x)
     hyper = torch.zeros(4, dtype=torch.double)
     with pytest.raises(RuntimeError, match="state expected"):
-        PLAN.update([w], [w], [w, w], 2, [], hyper, "sgd")
+        PLAN.update([w], [w], [w, w], 2, [], hyper, "sgd", [])
     with pytest.raises(ValueError, match="optimizer expected sgd or adam"):
-        PLAN.update([w], [w], [], 0, [], hyper, "lion")
+        PLAN.update([w], [w], [], 0, [], hyper, "lion", [])
     with pytest.raises(RuntimeError, match="like the weight"):
-        PLAN.update([w], [w], [w.contiguous()], 1, [], hyper, "sgd")
+        PLAN.update([w], [w], [w.contiguous()], 1, [], hyper, "sgd", [])
 
 
 def test_program_binds_values_slots_and_lists():

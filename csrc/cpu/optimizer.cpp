@@ -10,39 +10,14 @@
 #include "foreach_isa.h"
 
 namespace fastconv::cpu {
-namespace {
-
-// A tensor that shares the weight's sizes and strides, so that one index means the same element in all.
-void check_like(const char* op, const char* name, const at::Tensor& t, const at::Tensor& weight, at::ScalarType type) {
-  check_dtype(op, name, t, type);
-  TORCH_CHECK(t.sizes() == weight.sizes() && t.strides() == weight.strides(), op, ": ", name, " expected size ",
-              weight.sizes(), " and strides ", weight.strides(), " like the weight, got ", t.sizes(), " and ",
-              t.strides());
-}
-
-}  // namespace
 
 WeightUpdate::WeightUpdate(const char* op, const at::Tensor& weight, at::TensorList state, const OptTensor& half,
-                           const at::Tensor& hyper, std::string_view optimizer)
-    : weight_(weight), adam_(same_text(optimizer, "adam")) {
-  check_dtype(op, "weight", weight, at::kFloat);
-  TORCH_CHECK(weight.is_non_overlapping_and_dense(), op, ": weight expected a dense tensor, got strides ",
-              weight.strides());
-  TORCH_CHECK_VALUE(adam_ || same_text(optimizer, "sgd"), op, ": optimizer expected sgd or adam, got '", optimizer,
-                    "'");
-  TORCH_CHECK(adam_ ? state.size() == 2 : state.size() <= 1, op, ": state expected ", adam_ ? "2" : "at most 1",
-              " tensors for ", optimizer, ", got ", state.size());
-  for (const at::Tensor& t : state) check_like(op, "state", t, weight, at::kFloat);
-  check_dtype(op, "hyper", hyper, at::kDouble);
-  const int64_t wanted = adam_ ? 7 : 4;
-  check_sizes(op, "hyper", hyper, {wanted});
+                           const at::Tensor& hyper, c10::string_view optimizer)
+    : weight_(weight), adam_(check_weight_update(op, weight, state, half, hyper, optimizer)) {
   w_ = data<float>(weight);
   if (!state.empty()) m_ = data<float>(state[0]);
   if (state.size() > 1) v_ = data<float>(state[1]);
-  if (given(half)) {
-    check_like(op, "half", *half, weight, at::kBFloat16);
-    half_ = data<bf16>(*half);
-  }
+  if (given(half)) half_ = data<bf16>(*half);
   const bool large = static_cast<int64_t>(weight.nbytes()) >= kPastCacheBytes;
   const double* h = const_data<double>(hyper);
   if (adam_) {
@@ -52,10 +27,7 @@ WeightUpdate::WeightUpdate(const char* op, const at::Tensor& weight, at::TensorL
   } else {
     sgd_ = {static_cast<float>(h[0]), static_cast<float>(h[1]), static_cast<float>(h[2]), h[3] != 0, large};
   }
-  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
-  for (const at::Tensor& t : state) {
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-  }
+  bump_versions(weight, state);
 }
 
 void WeightUpdate::apply(int64_t first, int64_t count, const float* grad) const {

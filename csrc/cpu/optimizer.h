@@ -1,9 +1,9 @@
 // Optimizer steps on fp32 weights, for plans: SGD with momentum, Adam and AdamW.
 #pragma once
 
-#include <string_view>
 #include <vector>
 
+#include "../host/plan_check.h"
 #include "host.h"
 
 namespace fastconv::cpu {
@@ -11,10 +11,9 @@ namespace fastconv::cpu {
 // One weight, its state (SGD: the momentum buffer or nothing; Adam: both averages) and its bf16 copy, raw and checked.
 class WeightUpdate {
  public:
-  // hyper: float64, read now. SGD: lr, momentum, decay, nesterov. Adam: lr / (1 - beta1^t), beta1, beta2,
-  // sqrt(1 - beta2^t), eps, factor on the weight, L2 term.
+  // hyper is read now.
   WeightUpdate(const char* op, const at::Tensor& weight, at::TensorList state, const OptTensor& half,
-               const at::Tensor& hyper, std::string_view optimizer);
+               const at::Tensor& hyper, c10::string_view optimizer);
 
   // Elements [first, first + count) in memory order; grad is that of the first. Any thread.
   void apply(int64_t first, int64_t count, const float* grad) const;

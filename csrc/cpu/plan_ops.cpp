@@ -1,12 +1,12 @@
 // The steps of a plan (fastconv/_plan): operators that write into tensors which the plan owns,
 // torch.ops.fastconv_plan.*.
 //
-// Same kernels and argument checks as the operators of schemas.h; what differs is where results go, that weights may
-// come packed, and that a weight gradient may be consumed by the optimizer while it lies in cache. 4-d tensors are
-// dense NHWC. geometry: stride, padding, dilation (h and w of each) and groups.
+// Same kernels and argument checks as the operators of fastconv; what differs is where results go, that weights may
+// come packed, and that a weight gradient may be consumed by the optimizer while it lies in cache.
 
 #include <torch/library.h>
 
+#include "../host/plan_check.h"
 #include "batch_norm_act.h"
 #include "conv2d.h"
 #include "optimizer.h"
@@ -14,41 +14,15 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
-void check_nhwc(const char* op, const char* name, const at::Tensor& t) {
-  check_dim(op, name, t, 4);
-  TORCH_CHECK(t.is_contiguous(kLast), op, ": ", name, " expected a channels_last tensor, got strides ", t.strides());
-}
-
-at::Tensor or_none(const OptTensor& t) { return given(t) ? *t : at::Tensor(); }
-
-Act activation(const char* op, c10::string_view name) { return parse_act(op, {name.data(), name.size()}); }
-
-ConvParams params(const char* op, const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef geometry) {
-  TORCH_CHECK(geometry.size() == 7, op, ": geometry expected 7 integers, got ", geometry.size());
-  check_nhwc(op, "input", input);
-  check_nhwc(op, "weight", weight);
-  return conv_params(op, input, weight, {}, geometry.slice(0, 2), geometry.slice(2, 2), geometry.slice(4, 2),
-                     geometry[6]);
-}
-
-void check_output(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like, at::IntArrayRef size) {
-  check_nhwc(op, name, t);
-  check_dtype(op, name, t, like.scalar_type());
-  check_sizes(op, name, t, size);
-}
-
 // output = act((conv2d(input, weight) - mean) * scale + shift + residual)
 void conv2d(const at::Tensor& input, const at::Tensor& weight, const OptTensor& packed, const OptTensor& mean,
             const OptTensor& scale, const OptTensor& shift, const OptTensor& residual, at::IntArrayRef geometry,
             c10::string_view act, const OptTensor& preact, const at::Tensor& output) {
   constexpr const char* op = "fastconv_plan::conv2d";
-  const ConvParams p = params(op, input, weight, geometry);
+  const ConvParams p = plan_conv_params(op, input, weight, geometry);
   const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
   check_output(op, "output", output, input, sizes);
-  check_residual(op, residual, input, sizes);
-  if (given(residual)) check_nhwc(op, "residual", *residual);
+  check_nhwc_residual(op, residual, input, sizes);
   if (given(preact)) check_output(op, "preact", *preact, input, sizes);
   ConvEpilogue e;
   const auto vector = [&](const char* name, const OptTensor& t, double fill) {
@@ -57,20 +31,20 @@ void conv2d(const at::Tensor& input, const at::Tensor& weight, const OptTensor& 
   };
   e.mean = vector("mean", mean, 0), e.scale = vector("scale", scale, 1), e.shift = vector("shift", shift, 0);
   e.residual = or_none(residual), e.pre = or_none(preact);
-  e.act = activation(op, act);
+  e.act = plan_act(op, act);
   e.out = output;
   if (given(packed) && packed->numel() > 0 && conv_uses_rows(p, input, ConvPass::forward)) {
     const int64_t bytes = rows_packed_bytes(p, input.element_size(), ConvPass::forward);
     TORCH_CHECK(packed->numel() == bytes, op, ": packed expected ", bytes, " bytes, got ", packed->numel());
     e.packed = packed->const_data_ptr();
   }
-  conv_forward(p, input, weight, e, kLast);
+  conv_forward(p, input, weight, e, kNhwc);
 }
 
 // The weights as conv2d above reads them for an input of this size; empty where it does not take them packed.
 at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef geometry) {
   constexpr const char* op = "fastconv_plan::conv2d_pack";
-  const ConvParams p = params(op, input, weight, geometry);
+  const ConvParams p = plan_conv_params(op, input, weight, geometry);
   const auto bytes = weight.options().dtype(at::kByte);
   at::Tensor out = at::empty({0}, bytes);
   with_rows(p, input, ConvPass::forward, [&](auto tag) {
@@ -85,17 +59,10 @@ at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::In
 void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, const OptTensor& addend,
                        at::IntArrayRef geometry, const at::Tensor& grad_input) {
   constexpr const char* op = "fastconv_plan::conv2d_input_grad";
-  const ConvParams p = params(op, grad_input, weight, geometry);
+  const ConvParams p = plan_conv_params(op, grad_input, weight, geometry);
   check_output(op, "grad_output", grad_output, grad_input, {p.n, p.k, p.p, p.q});
   if (given(addend)) check_output(op, "addend", *addend, grad_input, grad_input.sizes());
   conv_input_grad(p, grad_output, weight, or_none(addend), grad_input);
-}
-
-ConvParams weight_grad_params(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                              const at::Tensor& weight, at::IntArrayRef geometry) {
-  const ConvParams p = params(op, input, weight, geometry);
-  check_output(op, "grad_output", grad_output, input, {p.n, p.k, p.p, p.q});
-  return p;
 }
 
 at::Tensor aten_weight_grad(const ConvParams& p, const at::Tensor& dz, const at::Tensor& x, const at::Tensor& weight) {
@@ -106,7 +73,7 @@ at::Tensor aten_weight_grad(const ConvParams& p, const at::Tensor& dz, const at:
 void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef geometry, const at::Tensor& grad_weight) {
   constexpr const char* op = "fastconv_plan::conv2d_weight_grad";
-  const ConvParams p = weight_grad_params(op, grad_output, input, weight, geometry);
+  const ConvParams p = plan_weight_grad_params(op, grad_output, input, weight, geometry);
   check_nhwc(op, "grad_weight", grad_weight);
   check_dtype(op, "grad_weight", grad_weight, at::kFloat);
   check_sizes(op, "grad_weight", grad_weight, weight.sizes());
@@ -125,10 +92,10 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
                                const OptTensor& half, const at::Tensor& hyper, c10::string_view optimizer,
                                bool skip_dead) {
   constexpr const char* op = "fastconv_plan::conv2d_weight_grad_update";
-  const ConvParams p = weight_grad_params(op, grad_output, input, weight, geometry);
+  const ConvParams p = plan_weight_grad_params(op, grad_output, input, weight, geometry);
   check_nhwc(op, "parameter", parameter);
   check_sizes(op, "parameter", parameter, weight.sizes());
-  const WeightUpdate update(op, parameter, state, half, hyper, {optimizer.data(), optimizer.size()});
+  const WeightUpdate update(op, parameter, state, half, hyper, optimizer);
   const bool done = with_rows(p, input, ConvPass::weight_grad, [&](auto tag) {
     using T = typename decltype(tag)::type;
     rows_weight_grad_blocks<T>(
@@ -138,21 +105,15 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   if (!done) update.apply_all(aten_weight_grad(p, grad_output, input, weight));
 }
 
-// Parameters whose gradients are there. state: `per` tensors of each; halves: one of each, or none.
+// live: what may be left out has a gradient of zero, which the CPU does not look at here: it leaves dead taps out in
+// conv2d_weight_grad_update.
 void update(at::TensorList parameters, at::TensorList grads, at::TensorList state, int64_t per, at::TensorList halves,
-            const at::Tensor& hyper, c10::string_view optimizer) {
+            const at::Tensor& hyper, c10::string_view optimizer, at::IntArrayRef live) {
   constexpr const char* op = "fastconv_plan::update";
-  TORCH_CHECK(grads.size() == parameters.size(), op, ": grads expected ", parameters.size(), " tensors, got ",
-              grads.size());
-  TORCH_CHECK(per >= 0 && static_cast<int64_t>(state.size()) == per * static_cast<int64_t>(parameters.size()), op,
-              ": state expected ", per, " tensors for each of ", parameters.size(), ", got ", state.size());
-  TORCH_CHECK(halves.empty() || halves.size() == parameters.size(), op, ": halves expected none or ", parameters.size(),
-              " tensors, got ", halves.size());
+  check_update_lists(op, parameters, grads, state, per, halves, live);
   for (size_t i = 0; i < parameters.size(); ++i) {
-    check_sizes(op, "grads", grads[i], parameters[i].sizes());
     const OptTensor half = halves.empty() ? OptTensor() : OptTensor(halves[i]);
-    WeightUpdate(op, parameters[i], state.slice(i * per, per), half, hyper, {optimizer.data(), optimizer.size()})
-        .apply_all(grads[i]);
+    WeightUpdate(op, parameters[i], state.slice(i * per, per), half, hyper, optimizer).apply_all(grads[i]);
   }
 }
 
@@ -166,11 +127,10 @@ std::tuple<at::Tensor, at::Tensor> batch_norm(const at::Tensor& input, const Opt
   check_float(op, "input", input);
   check_nhwc(op, "input", input);
   check_output(op, "output", output, input, input.sizes());
-  check_residual(op, residual, input, input.sizes());
-  if (given(residual)) check_nhwc(op, "residual", *residual);
+  check_nhwc_residual(op, residual, input, input.sizes());
   const BatchNormArgs args{weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps};
   check_batch_norm(op, input.sizes(), input, args);
-  BatchNormStats stats = batch_norm_forward(input, or_none(residual), output, args, activation(op, act));
+  BatchNormStats stats = batch_norm_forward(input, or_none(residual), output, args, plan_act(op, act));
   return {stats.mean, stats.invstd};
 }
 
@@ -196,33 +156,6 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_into(const at::Tensor& gr
 }
 
 }  // namespace
-
-TORCH_LIBRARY(fastconv_plan, m) {
-  m.def(
-      "conv2d(Tensor input, Tensor weight, Tensor? packed, Tensor? mean, Tensor? scale, Tensor? shift, Tensor? "
-      "residual, int[] geometry, str activation, Tensor(a!)? preact, Tensor(b!) output) -> ()");
-  m.def("conv2d_pack(Tensor input, Tensor weight, int[] geometry) -> Tensor");
-  m.def(
-      "conv2d_input_grad(Tensor grad_output, Tensor weight, Tensor? addend, int[] geometry, Tensor(a!) grad_input) -> "
-      "()");
-  m.def(
-      "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) grad_weight) -> "
-      "()");
-  m.def(
-      "conv2d_weight_grad_update(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) "
-      "parameter, Tensor(b!)[] state, Tensor(c!)? half, Tensor hyper, str optimizer, bool skip_dead) -> ()");
-  m.def(
-      "update(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, int per, Tensor(c!)[] halves, Tensor hyper, "
-      "str optimizer) -> ()");
-  m.def(
-      "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? "
-      "running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, Tensor(d!) output) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? residual, Tensor? weight, Tensor? "
-      "bias, Tensor mean, Tensor invstd, str activation, Tensor(a!) grad_input, Tensor(b!)? grad_residual) -> (Tensor, "
-      "Tensor)");
-}
 
 TORCH_LIBRARY_IMPL(fastconv_plan, CPU, m) {
   m.impl("conv2d", &conv2d);

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "kernels/shapes.h"
 
@@ -97,5 +98,22 @@ struct LossCall {
 int64_t loss_block_count(const LossCall& call);
 std::string cross_entropy(const LossCall& call, LaunchStream stream);
 std::string cross_entropy_backward(const LossCall& call, LaunchStream stream);
+
+// Optimizer steps (kernels/update.cuh). All of one rule: adam (momentum and variance), SGD with momentum, or plain SGD.
+struct UpdateCall {
+  struct Tensor {
+    float *weight, *momentum, *variance;  // variance: Adam's; null where the rule has none
+    void* half;                           // the new weights in half_dtype; null: not wanted
+    const void* grad;
+    int64_t elements;
+    uint64_t live;    // bit t: tap t of [k, taps, inner] is updated
+    int inner, taps;  // 1 where all are
+    int grad_dtype, half_dtype;
+  };
+  std::vector<Tensor> tensors;
+  const double* hyper;  // device memory
+  bool adam, momentum;
+};
+std::string update(const UpdateCall& call, LaunchStream stream);
 
 }  // namespace fastconv

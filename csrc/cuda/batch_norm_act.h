@@ -17,6 +17,18 @@ BatchNormStats batch_norm_forward(const char* op, const Device& device, const at
                                   const at::Tensor& out, const BatchNormArgs& args, Act act,
                                   const ConvStatistics& parts);
 
+// What batch_norm_backward reads (NHWC; output and residual undefined where the activation does not need them) and
+// writes: each result undefined where it is not wanted. dweight and dbias have the dtype of bn_vectors().
+struct BatchNormGrads {
+  at::Tensor dx, dresidual, dweight, dbias;
+};
+void batch_norm_backward(const char* op, const Device& device, const at::Tensor& dy, const at::Tensor& x,
+                         const at::Tensor& output, const at::Tensor& residual, const OptTensor& weight,
+                         const OptTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool training,
+                         Act act, const BatchNormGrads& grads);
+// The dtype in which the kernels read weight and bias, and write their gradients.
+at::ScalarType bn_vectors(const at::Tensor& x, const OptTensor& weight, const OptTensor& bias);
+
 // Evaluation as scale and shift of the convolution's epilogue; conv_bias may be undefined.
 struct BatchNormScale {
   at::Tensor scale, shift;

@@ -62,7 +62,8 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
                         const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
                         ConvStatistics* stats) {
   ConvCall call = make_call(op, p, input, kFprop);
-  const at::Tensor out = empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
+  const at::Tensor out =
+      epilogue.out.defined() ? epilogue.out : empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
   if (p.n == 0) return out;
   const at::Tensor x = nhwc(input), w = weight.contiguous(at::MemoryFormat::ChannelsLast);
   call.a = raw(x), call.b = raw(w), call.out = raw(out);
@@ -86,6 +87,23 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
   }
   check_launch(op, conv(call, device.stream()));
   return out;
+}
+
+void conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                     const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx) {
+  const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  ConvCall call = make_call(op, p, dy, kDgrad);
+  call.a = raw(dy), call.b = raw(w), call.out = raw(dx), call.residual = raw(addend);
+  const at::Tensor partial = choose(call, dy, device, false);
+  check_launch(op, conv(call, device.stream()));
+}
+
+void conv_weight_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                      const at::Tensor& x, const at::Tensor& dw) {
+  ConvCall call = make_call(op, p, dy, kWgrad);
+  call.a = raw(dy), call.b = raw(x), call.out = raw(dw);
+  const at::Tensor partial = choose(call, dy, device, false);
+  check_launch(op, conv(call, device.stream()));
 }
 
 namespace {
@@ -131,21 +149,13 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward(const at::Tensor& grad_output
   if (output_mask[1]) check_limit(op, conv_limit(p, conv_kind(p, kWgrad)));
   const at::Tensor dy = nhwc(grad_output);
   if (output_mask[0]) {
-    const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
     dx = empty_nhwc(input.sizes(), input.options(), format_x);
-    ConvCall call = make_call(op, p, dy, kDgrad);
-    call.a = raw(dy), call.b = raw(w), call.out = raw(dx);
-    const at::Tensor partial = choose(call, dy, device, false);
-    check_launch(op, conv(call, device.stream()));
+    conv_input_grad(op, device, p, dy, weight, {}, dx);
     dx = to_format(dx, format_x);
   }
   if (output_mask[1]) {
-    const at::Tensor x = nhwc(input);
     dw = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
-    ConvCall call = make_call(op, p, dy, kWgrad);
-    call.a = raw(dy), call.b = raw(x), call.out = raw(dw);
-    const at::Tensor partial = choose(call, dy, device, false);
-    check_launch(op, conv(call, device.stream()));
+    conv_weight_grad(op, device, p, dy, nhwc(input), dw);
     dw = to_format(dw, format_w);
   }
   return {dx, dw};

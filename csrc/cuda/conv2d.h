@@ -7,9 +7,9 @@
 namespace fastconv::cuda {
 
 // out = act((conv(x, w)) * scale + shift + bias + residual), pre = the same before act; undefined tensors are absent.
-// scale and shift: [K] fp32. residual and pre: NHWC.
+// scale and shift: [K] fp32. residual, pre and out: NHWC. out: where the result goes; undefined: a new tensor.
 struct ConvEpilogueTensors {
-  at::Tensor bias, scale, shift, residual, pre;
+  at::Tensor bias, scale, shift, residual, pre, out;
   Act act = Act::identity;
 };
 
@@ -25,5 +25,13 @@ struct ConvStatistics {
 at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& p, const at::Tensor& input,
                         const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
                         ConvStatistics* stats);
+
+// dx = the data gradient + addend (undefined: nothing; dx itself: added to). dy, addend and dx: NHWC.
+void conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                     const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx);
+
+// dw = the weight gradient. dy, x and dw: NHWC, of one dtype.
+void conv_weight_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                      const at::Tensor& x, const at::Tensor& dw);
 
 }  // namespace fastconv::cuda

@@ -7,7 +7,9 @@
 #include "api.h"
 
 #ifdef FASTCONV_SIMT
+#include <cstdlib>
 #define FASTCONV_GPU_OPERATORS(m) TORCH_LIBRARY_IMPL(fastconv_simt, CPU, m)
+#define FASTCONV_GPU_PLAN_OPERATORS(m) TORCH_LIBRARY_IMPL(fastconv_simt_plan, CPU, m)
 #else
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,6 +19,7 @@
 #include <array>
 #include <atomic>
 #define FASTCONV_GPU_OPERATORS(m) TORCH_LIBRARY_IMPL(fastconv, CUDA, m)
+#define FASTCONV_GPU_PLAN_OPERATORS(m) TORCH_LIBRARY_IMPL(fastconv_plan, CUDA, m)
 #endif
 
 namespace fastconv::cuda {
@@ -26,8 +29,11 @@ namespace fastconv::cuda {
 struct Device {
   explicit Device(const at::Tensor&) {}
   LaunchStream stream() const { return nullptr; }
-  // Few, so that small tests reach more than one wave, split sums and several chunks.
-  int multiprocessors() const { return 4; }
+  // Few, so that small tests reach more than one wave, split sums and several chunks; tests/simt/launches.py sets more.
+  int multiprocessors() const {
+    const char* text = std::getenv("FASTCONV_SIMT_MULTIPROCESSORS");
+    return text ? std::atoi(text) : 4;
+  }
 };
 
 #else

@@ -14,6 +14,7 @@
 #include "kernels/conv_launch.cuh"
 #include "kernels/cross_entropy_backward.cuh"
 #include "kernels/pool.cuh"
+#include "kernels/update.cuh"
 
 namespace fastconv {
 namespace table {
@@ -92,6 +93,7 @@ inline std::string launch_table() {
       {"cross_entropy_kernel", kLossThreads},
       {"cross_entropy_finish_kernel", kFinishThreads},
       {"cross_entropy_backward_kernel", kLossThreads},
+      {"update_kernel", kUpdateThreads},
   };
   for (const auto& o : others) table::row(out, o.name, o.threads, 0);
   return out;

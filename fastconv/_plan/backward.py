@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import ATEN_ACTIVATIONS, Lowering, nhwc
+from .kernels import Kernels
 from .network import Network, Node, Refused, Value
 from .optim import PlannedOptimizer
 from .program import Slot
@@ -21,8 +22,10 @@ SAVES_OUTPUT = {"relu", "relu6", "leaky_relu", "sigmoid", "tanh"}
 class BackwardLowering(Lowering):
     """optimizer None: gradients are left in ``grads``, by parameter."""
 
-    def __init__(self, network: Network, dtype: torch.dtype, optimizer: PlannedOptimizer | None) -> None:
-        super().__init__(dtype)
+    def __init__(
+        self, network: Network, dtype: torch.dtype, kernels: Kernels, optimizer: PlannedOptimizer | None
+    ) -> None:
+        super().__init__(dtype, kernels)
         self.network, self.optimizer = network, optimizer
         self.halves: dict[int, tuple[Tensor, Tensor]] = {}  # parameter, its copy in self.dtype
         self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # parameter, its gradient
@@ -101,11 +104,11 @@ class BackwardLowering(Lowering):
         if low:
             logits = self.build.returning("aten::to.dtype", [logits, FLOAT32, False, False, None])
         result, lse, normalizer, grad = (self.build.slot() for _ in range(4))
-        weight = None if loss[0] is None else loss[0].float()
+        weight, one = None if loss[0] is None else loss[0].float(), torch.ones((), device=self.kernels.device)
         self.build.call("fastconv::cross_entropy", [logits, target, weight, *loss[1:]], [result, lse, normalizer])
         self.build.call(
             "fastconv::cross_entropy_backward",
-            [torch.ones(()), logits, target, weight, lse, normalizer, *loss[1:], [True, False]], [grad, None],
+            [one, logits, target, weight, lse, normalizer, *loss[1:], [True, False]], [grad, None],
         )  # fmt: skip
         if low:
             grad = self.build.returning("aten::to.dtype", [grad, BFLOAT16, False, False, None])
@@ -133,9 +136,15 @@ class BackwardLowering(Lowering):
                     [
                         [p.detach() for p, _ in mine], [g for _, g in mine], state,
                         len(state) // len(mine), [self.halves[id(p)][1] for p, _ in mine if low],
-                        self.optimizer.groups[index][2], self.optimizer.kind,
+                        self.optimizer.hyper[index], self.optimizer.kind, [self._live_mask(p) for p, _ in mine],
                     ],
                 )  # fmt: skip
+
+    def _live_mask(self, parameter: Tensor) -> int:
+        """Bit r * S + s for each tap of a filter that is updated; -1 for all."""
+        if id(parameter) not in self.skips:
+            return -1
+        return sum(1 << i for i, live in enumerate(self.skips[id(parameter)][0].flatten().tolist()) if live)
 
     def lower(self, node: Node) -> None:
         super().lower(node)

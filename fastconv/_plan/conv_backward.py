@@ -47,8 +47,9 @@ class TrainingLowering(BackwardLowering):
                 self._act_bias(node, grad, out if preact is None else preact, x, bias)
         else:
             raw = self.own(node.output)
-            self.build.call("fastconv_plan::conv2d", [*common, None, geometry(node), "identity", None, raw])
-            finish = self._normalise(node, raw, out, residual)
+            if not self.kernels.gpu:
+                self.build.call("fastconv_plan::conv2d", [*common, None, geometry(node), "identity", None, raw])
+            finish = self._normalise(node, raw, out, residual, [x, weight, shift] if self.kernels.gpu else None)
 
             def backward(grad: Any) -> None:
                 dz = finish(grad)
@@ -95,7 +96,7 @@ class TrainingLowering(BackwardLowering):
 
     def _linear(self, node: Node, x: Any) -> Any:
         layer, build = node.module, self.build
-        if not is_pixelwise(layer):
+        if self.kernels.gpu or not is_pixelwise(layer):
             return super()._linear(node, x)
         filters = as_filter(self.half(layer.weight))
         pixels, out = self.pixelwise(node, x, filters, None)
@@ -119,35 +120,47 @@ class TrainingLowering(BackwardLowering):
         if self.optimizer is None:
             kept = as_filter(self.kept(weight))
             self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, kept])
+        elif self.updates(weight) and self.kernels.gpu:
+            grad = self.build.buffer(tuple(used.shape), self.dtype)
+            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, grad])
+            self.gradient(weight, grad)
         elif self.updates(weight):
             state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
             half = used if id(weight) in self.halves else None
             self.build.call(
                 "fastconv_plan::conv2d_weight_grad_update",
                 [dz, x, used, shape, as_filter(weight.detach()), [as_filter(t) for t in state], half,
-                 self.optimizer.groups[index][2], self.optimizer.kind, skip],
+                 self.optimizer.hyper[index], self.optimizer.kind, skip],
             )  # fmt: skip
 
     def _skips_dead(self, node: Node) -> bool:
         """Whether the update may leave out the taps that read padding alone, and notes the state that this rests on."""
         weight, live = node.module.weight, live_taps(node)
-        if bool(live.all()) or self.optimizer.moves_without_gradient(weight, ~live):
+        maskable = not self.kernels.gpu or live.numel() < 64  # a GPU's update takes the taps as bits of an integer
+        if bool(live.all()) or not maskable or self.optimizer.moves_without_gradient(weight, ~live):
             return False
         self.skips[id(weight)] = live, self.optimizer.state[id(weight)]
         return True
 
-    def _normalise(self, node: Node, raw: Any, out: Buffer, residual: Any) -> Callable[[Any], Any]:
-        """Emits out = act(bn(raw) + residual); returns what emits its backward and gives the gradient of raw."""
+    def _normalise(
+        self, node: Node, raw: Any, out: Buffer, residual: Any, convolution: list[Any] | None = None
+    ) -> Callable[[Any], Any]:
+        """Emits out = act(bn(raw) + residual); returns what emits its backward and gives the gradient of raw.
+
+        convolution: input, filters and bias of the one that makes raw, in the same call; None: raw is there.
+        """
         bn, build = node.bn, self.build
         track = bn.track_running_stats and bn.running_mean is not None
         running = (bn.running_mean, bn.running_var, bn.num_batches_tracked) if track else (None, None, None)
         weight, bias = (None if v is None else v.detach() for v in (bn.weight, bn.bias))
         mean, invstd = build.slot(), build.slot()
         momentum = bn.momentum if bn.momentum is None or track else 0.0
-        build.call(
-            "fastconv_plan::batch_norm",
-            [raw, residual, weight, bias, *running, momentum, bn.eps, node.act, out], [mean, invstd],
-        )  # fmt: skip
+        norm = [residual, weight, bias, *running]
+        if convolution is None:
+            name, arguments = "batch_norm", [raw, *norm, momentum, bn.eps, node.act, out]
+        else:
+            name, arguments = "conv2d_bn", [*convolution, *norm, geometry(node), momentum, bn.eps, node.act, raw, out]
+        build.call(f"fastconv_plan::{name}", arguments, [mean, invstd])
         from_output = node.act in SAVES_OUTPUT
         recompute = not from_output and node.act != "identity"
 
@@ -158,8 +171,8 @@ class TrainingLowering(BackwardLowering):
                 self.give(node.residual, self.share(grad))  # the sum hands its gradient on as it is
             elif self.wants(node.residual):
                 # In place of the gradient that it comes from, where nothing else reads that; a 16-bit gradient through
-                # another activation is read once more.
-                plain = self.dtype is torch.float32 or node.act == "relu"
+                # another activation is read once more, and a GPU's is.
+                plain = node.act == "relu" or (self.dtype is torch.float32 and not self.kernels.gpu)
                 own = plain and isinstance(grad, Buffer) and id(grad) not in self.shared
                 dres = grad if own else self.own(node.output)
             build.call(

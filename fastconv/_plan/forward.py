@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels import Kernels
 from .network import Node, Refused, Value
 from .program import Buffer, Builder, Slot
 
@@ -60,15 +61,18 @@ def nhwc_weight(weight: Tensor) -> Tensor:
 class Lowering:
     """The calls of a network's nodes. ``at`` has the place of every value: a buffer or a slot."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.build = Builder()
+    def __init__(self, dtype: torch.dtype, kernels: Kernels) -> None:
+        self.dtype, self.kernels = dtype, kernels
+        self.build = Builder(kernels)
         self.at: dict[Value, Any] = {}
 
     def lower(self, node: Node) -> None:
         method = getattr(self, "_" + node.op, None)
         if method is None:
             raise Refused(f"no step for {node.op} in this kind of plan")
+        limit = self.kernels.limit(node)
+        if limit:
+            raise Refused(limit)
         self.at[node.output] = method(node, *(self.at[v] for v in node.inputs))
 
     def residual(self, node: Node) -> Any:

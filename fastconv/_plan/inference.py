@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from .flatten import Flattener
 from .forward import PIXEL, Lowering, as_filter, geometry, is_pixelwise, nhwc, nhwc_weight
+from .kernels import Kernels
 from .network import Node
 
 
 class InferenceLowering(Lowering):
     """Weights are read once, here: later changes to them are not seen."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__(dtype, kernels)
         self.weights: dict[int, Tensor] = {}
 
     def weight(self, parameter: Tensor) -> Tensor:
@@ -34,9 +35,13 @@ class InferenceLowering(Lowering):
             # act((conv + b - mean) * weight / sqrt(var + eps) + bias): the kernel's (conv - mean) * scale + shift
             mean, scale, offset = folded(node.bn)
             mean, shift = (mean if shift is None else mean - shift), offset
+        packed = None
+        if self.kernels.gpu:
+            mean, shift = None, affine(mean, scale, shift)
+        else:
+            example = torch.empty(node.inputs[0].shape, dtype=self.dtype, memory_format=torch.channels_last)
+            packed = torch.ops.fastconv_plan.conv2d_pack(example, weight, geometry(node))
         vectors = (mean, scale, shift)
-        example = torch.empty(node.inputs[0].shape, dtype=self.dtype, memory_format=torch.channels_last)
-        packed = torch.ops.fastconv_plan.conv2d_pack(example, weight, geometry(node))
         out = self.own(node.output)
         self.build.call(
             "fastconv_plan::conv2d",
@@ -57,7 +62,7 @@ class InferenceLowering(Lowering):
 
     def _linear(self, node: Node, x: Any) -> Any:
         weight, bias = node.module.weight, node.module.bias
-        if is_pixelwise(node.module):
+        if is_pixelwise(node.module) and not self.kernels.gpu:
             filters = as_filter(self.weight(weight))
             example = torch.empty((*node.inputs[0].shape, 1, 1), dtype=self.dtype)
             packed = torch.ops.fastconv_plan.conv2d_pack(example, filters, PIXEL)
@@ -79,12 +84,20 @@ def folded(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor | None]:
     return bn.running_mean.detach().float().clone(), scale.float(), shift
 
 
+def affine(mean: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The shift of x * scale + shift that equals (x - mean) * scale + shift, computed in fp64."""
+    if mean is None:
+        return shift
+    moved = -mean.double() if scale is None else -mean.double() * scale.double()
+    return (moved if shift is None else moved + shift.double()).float()
+
+
 class InferencePlan:
     """One input shape's program."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, kernels: Kernels) -> None:
         network = Flattener(model, False).network(shape)
-        lowering = InferenceLowering(dtype)
+        lowering = InferenceLowering(dtype, kernels)
         build = lowering.build
         self.entry = build.slot()
         x: Any = self.entry
@@ -101,3 +114,30 @@ class InferencePlan:
         self.program.put(self.entry.index, x)
         self.program.run()
         return self.program.get(self.exit.index)
+
+
+class GraphedPlan:
+    """A plan in a CUDA graph. Its buffers belong to one replay at a time: a call waits for those from other streams."""
+
+    def __init__(self, plan: InferencePlan, x: Tensor) -> None:
+        self.plan, self.x, self.graph = plan, x.clone(), torch.cuda.CUDAGraph()
+        stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            plan.run(self.x)  # library handles are made outside the capture
+        current.wait_stream(stream)
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.out = plan.run(self.x)
+        self.done = torch.cuda.Event()
+        self.done.record(current)
+
+    def run(self, x: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            return self.plan.run(x)
+        stream = torch.cuda.current_stream(x.device)
+        stream.wait_event(self.done)
+        self.x.copy_(x, non_blocking=True)
+        self.graph.replay()
+        out = self.out.clone()
+        self.done.record(stream)
+        return out

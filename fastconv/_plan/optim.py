@@ -35,13 +35,19 @@ def refusal(optimizer: torch.optim.Optimizer) -> str:
                 return f"the optimizer has {flag}=True"
         if group.get("dampening"):
             return "SGD has a dampening"
+        if kind is not torch.optim.SGD and any(p.device.type != "cpu" for p in group["params"]):
+            for flag in ("fused", "capturable"):
+                if group.get(flag):
+                    return f"the optimizer counts its steps on the device ({flag}=True)"
     return ""
 
 
 class PlannedOptimizer:
     """The state tensors and hyper-parameters that a plan's update calls are bound to."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: list[Tensor], device: torch.device | None = None
+    ) -> None:
         self.optimizer = optimizer
         self.kind = "sgd" if type(optimizer) is torch.optim.SGD else "adam"
         wanted = {id(p) for p in parameters}
@@ -55,11 +61,16 @@ class PlannedOptimizer:
                     raise Refused("a parameter is not a dense float32 tensor")
                 self.of[id(p)] = len(self.groups)
             self.groups.append((group, mine, torch.zeros(7 if self.kind == "adam" else 4, dtype=torch.float64)))
+        # By group, what the calls are bound to: a device reads them while it works, so a captured step sees changes.
+        away = device is not None and device.type != "cpu"
+        self.hyper = [values.to(device) if away else values for _, _, values in self.groups]
         self.state: dict[int, list[Tensor]] = {}
         self.steps: list[Tensor] = []
         for group, mine, _ in self.groups:
             for p in mine:
                 self.state[id(p)] = self._state(p, group)
+        # What a step changes in place.
+        self.written = [t for _, mine, _ in self.groups for p in mine for t in (p, *self.state[id(p)])]
         self.kinds = [self._kind_of(group) for group, _, _ in self.groups]
         self.own = [(p, optimizer.state[p]) for _, mine, _ in self.groups for p in mine]
         self.holders = list(optimizer.state.values())
@@ -120,7 +131,7 @@ class PlannedOptimizer:
         """Counts the step and writes the hyper-parameters of this step, schedulers' changes included."""
         if self.steps:
             torch._foreach_add_(self.steps, 1)
-        for group, mine, hyper in self.groups:
+        for (group, mine, hyper), bound in zip(self.groups, self.hyper, strict=True):
             if not mine:
                 continue
             lr, decay = float(group["lr"]), float(group["weight_decay"])
@@ -134,8 +145,13 @@ class PlannedOptimizer:
                 values = [
                     lr / (1.0 - beta1**step), beta1, beta2, math.sqrt(1.0 - beta2**step), float(group["eps"]), keep, l2,
                 ]  # fmt: skip
-            for i, value in enumerate(values):
-                hyper[i] = value
+            if bound is hyper:
+                for i, value in enumerate(values):
+                    hyper[i] = value
+            elif values != hyper.tolist():
+                hyper.copy_(torch.tensor(values, dtype=torch.float64))
+                # Pageable memory: the driver has read it when the call returns, and does not wait for the device.
+                bound.copy_(hyper, non_blocking=True)
 
     def finished(self) -> None:
         """What a scheduler looks at to tell that the optimizer has stepped."""

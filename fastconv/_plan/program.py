@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64  # bytes: a cache line, and a vector
+from .kernels import Kernels
+
+_ALIGNMENT = 256  # bytes: a GPU's widest access, and a multiple of a CPU's cache line
 # Operators whose result may be their input's memory.
 _MAY_BE_VIEWS = {
     "aten::contiguous", "aten::narrow", "aten::reshape", "aten::t", "aten::to.dtype", "aten::transpose.int",
@@ -70,7 +72,8 @@ def lay_out(buffers: list[Buffer]) -> int:
 class Builder:
     """Collects calls whose arguments are tensors, plain values, buffers and slots."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.kernels = kernels or Kernels(torch.device("cpu"))
         self.calls: list[Call] = []
         self.buffers: list[Buffer] = []
         self.slots = 0
@@ -85,8 +88,8 @@ class Builder:
         return Slot(self.slots - 1)
 
     def call(self, op: str, arguments: list[Any], results: list[Slot | None] | None = None) -> None:
-        """Appends a call of ``namespace::name`` or ``namespace::name.overload``."""
-        name, _, overload = op.partition(".")
+        """Appends a call of ``namespace::name`` or ``namespace::name.overload``; fastconv's own as the kernels say."""
+        name, _, overload = self.kernels.operator(op).partition(".")
         for buffer in self._buffers(arguments):
             buffer.first = len(self.calls) if buffer.first < 0 else buffer.first
             buffer.last = len(self.calls)
@@ -120,7 +123,7 @@ class Builder:
     def finish(self) -> Any:
         """Lays out the buffers and binds the calls: a ``torch.classes.fastconv.Program``."""
         self.arena_bytes = lay_out([b for b in self.buffers if b.first >= 0])
-        arena = torch.empty(self.arena_bytes + _ALIGNMENT, dtype=torch.uint8)
+        arena = torch.empty(self.arena_bytes + _ALIGNMENT, dtype=torch.uint8, device=self.kernels.device)
         start = -arena.data_ptr() % _ALIGNMENT
         tensors: dict[int, Tensor] = {}
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _ext
 from .._fuse.module import FusedMixin
-from ..ops import current_backend
 from . import optim
 from .backward import SCALAR_TYPES
 from .conv_backward import live_taps
+from .kernels import Kernels, kernels
 from .network import Refused
-from .training import TrainingPlan, loss_arguments
+from .training import TrainingPlan, hooked, loss_arguments
 
 if TYPE_CHECKING:
     from ..train import TrainStep
@@ -36,7 +35,8 @@ class StepPlans:
 
     def find(self, x: Tensor, y: Tensor) -> TrainingPlan | None:
         """The plan for this call; None, with the reason noted, where it has to run as the plain loop."""
-        plan = self._usable(x) or self._find(x, y)
+        chosen = kernels(self.step.device)
+        plan = chosen if isinstance(chosen, str) else self._usable(x) or self._find(x, y, chosen)
         if isinstance(plan, str):
             if plan != self.reason:
                 log.info("TrainStep runs without a plan: %s", plan)
@@ -47,8 +47,12 @@ class StepPlans:
 
     def run(self, plan: TrainingPlan, x: Tensor, y: Tensor) -> Tensor:
         loss = plan.run(x, y)
-        self.versions = {id(t): t._version for _, state in plan.skips.values() for t in state}
+        self.ran(plan)
         return loss
+
+    def ran(self, plan: TrainingPlan) -> None:
+        """To be told after each step of a plan."""
+        self.versions = {id(t): t._version for _, state in plan.skips.values() for t in state}
 
     def _touched(self, plan: TrainingPlan) -> bool:
         """Whether someone else wrote to the state of taps that the plan leaves out since the last step."""
@@ -58,17 +62,13 @@ class StepPlans:
     def _usable(self, x: Tensor) -> str:
         """Reasons that may come and go between calls."""
         step = self.step
-        if not _ext.HAS_EXT:
-            return _ext.EXT_REASON
         if not isinstance(step.model, FusedMixin):
             return "the model is not fused: fastconv.fuse(model, inplace=True) makes it so"
-        if current_backend() not in ("auto", "cpu"):
-            return f"the backend {current_backend()} was chosen, plans run cpu's kernels"
         if not step.model.training:
             return "the model is in evaluation mode"
         if step.scaler is not None:
             return "float16 needs a loss scale"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(step.device.type):
             return "autocast is on around the step: use autocast_dtype"
         if type(x) is not Tensor or x.requires_grad or x.dtype is not torch.float32 or x.numel() == 0:
             return f"the input is no plain float32 tensor without gradient, but {type(x).__name__} of {x.dtype}"
@@ -76,10 +76,10 @@ class StepPlans:
             return "anomaly detection is on"
         return ""
 
-    def _find(self, x: Tensor, y: Tensor) -> TrainingPlan | str:
+    def _find(self, x: Tensor, y: Tensor, kernels: Kernels) -> TrainingPlan | str:
         step = self.step
         fused = not step.keep_grads and not optim.refusal(step.optimizer)
-        key = (tuple(x.shape), tuple(y.shape), y.dtype, fused)
+        key = (tuple(x.shape), tuple(y.shape), y.dtype, fused, kernels.library)
         plan = self.cache.get(key)
         if isinstance(plan, TrainingPlan):
             stale = plan.outdated() or self._touched(plan)
@@ -89,7 +89,7 @@ class StepPlans:
             self.cache.clear()
             plan = None
         if plan is None:
-            plan = self.cache[key] = self._make(x, y, fused)
+            plan = self.cache[key] = self._make(x, y, fused, kernels)
             if len(self.cache) > _KEPT:
                 self.cache.popitem(last=False)
         else:
@@ -103,16 +103,18 @@ class StepPlans:
         return changed
 
     def _outline(self) -> list[Any]:
-        return [(id(m), m.training, len(m._forward_hooks)) for m in self.step.model.modules()]
+        model = self.step.model
+        hooks = [hooked(p) for p in model.parameters()]
+        return [*((id(m), m.training, len(m._forward_hooks)) for m in model.modules()), *hooks]
 
-    def _make(self, x: Tensor, y: Tensor, fused: bool) -> TrainingPlan | str:
+    def _make(self, x: Tensor, y: Tensor, fused: bool, kernels: Kernels) -> TrainingPlan | str:
         step = self.step
         dtype = step.autocast_dtype or torch.float32
         try:
             loss = loss_arguments(step.loss_fn)
             if dtype not in SCALAR_TYPES:
                 raise Refused(f"plans train in float32 and bfloat16, not {dtype}")
-            plan = TrainingPlan(step.model, loss, step.optimizer, dtype, fused, x, y)
+            plan = TrainingPlan(step.model, loss, step.optimizer, dtype, fused, x, y, kernels)
             self._forget_narrower(plan)
             return plan
         except Refused as error:

@@ -15,6 +15,7 @@ from .backward import SCALAR_TYPES
 from .conv_backward import TrainingLowering
 from .flatten import Flattener
 from .forward import nhwc
+from .kernels import Kernels
 from .network import Refused, same_state
 from .optim import PlannedOptimizer
 
@@ -43,14 +44,17 @@ class TrainingPlan:
 
     def __init__(
         self, model: nn.Module, loss: list[Any], optimizer: torch.optim.Optimizer, dtype: torch.dtype, fused: bool,
-        x: Tensor, y: Tensor,
+        x: Tensor, y: Tensor, kernels: Kernels,
     ) -> None:  # fmt: skip
         network = Flattener(model, True).network(tuple(x.shape))
         self.network, self.torch_optimizer = network, optimizer
-        self.fused = PlannedOptimizer(optimizer, list(model.parameters())) if fused else None
+        self.parameters = list(model.parameters())
+        if any(hooked(p) for p in self.parameters):
+            raise Refused("a parameter has gradient hooks")
+        self.fused = PlannedOptimizer(optimizer, self.parameters, kernels.device) if fused else None
         if self.fused is not None:
             self.fused.check_steps()
-        lowering = TrainingLowering(network, dtype, self.fused)
+        lowering = TrainingLowering(network, dtype, kernels, self.fused)
         build = lowering.build
         self.entry, self.target = build.slot(), build.slot()
         entry: Any = self.entry
@@ -63,13 +67,12 @@ class TrainingPlan:
         self.halves = list(lowering.halves.values())
         self.grads = list(lowering.grads.values())
         self.skips = lowering.skips
-        self.parameters = list(model.parameters())
         self.state = network.state()
         self.pointers = self._pointers()
         self.versions: list[int] = []
 
-    def _pointers(self) -> list[tuple[int, bool]]:
-        return [(p.data_ptr(), p.requires_grad) for p in self.parameters]
+    def _pointers(self) -> list[tuple[int, bool, bool]]:
+        return [(p.data_ptr(), p.requires_grad, hooked(p)) for p in self.parameters]
 
     def outdated(self) -> bool:
         """Whether the model or the optimizer is no longer what the program was made for."""
@@ -80,6 +83,13 @@ class TrainingPlan:
         )
 
     def run(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step. It is three parts, of which a CUDA graph holds the second."""
+        self.before()
+        loss = self.launch(x, y)
+        self.after()
+        return loss
+
+    def before(self) -> None:
         for p in self.parameters:
             p.grad = None
         if self.halves and self.versions != [p._version for p, _ in self.halves]:
@@ -87,9 +97,17 @@ class TrainingPlan:
                 half.copy_(p.detach())
         if self.fused is not None:
             self.fused.prepare()
+
+    def launch(self, x: Tensor, y: Tensor) -> Tensor:
         self.program.put(self.entry.index, x)
         self.program.put(self.target.index, y)
         self.program.run()
+        return self.program.get(self.loss.index)
+
+    def after(self, replayed: bool = False) -> None:
+        """replayed: the kernels ran without the operators that count the tensors' versions."""
+        if replayed and self.fused is not None:
+            torch.autograd.graph.increment_version(self.fused.written)
         if self.fused is not None:
             self.fused.finished()
         else:
@@ -97,4 +115,8 @@ class TrainingPlan:
                 p.grad = grad
             self.torch_optimizer.step()
         self.versions = [p._version for p, _ in self.halves] if self.fused is not None else []
-        return self.program.get(self.loss.index)
+
+
+def hooked(p: Tensor) -> bool:
+    """Whether someone wants to see, or change, the parameter's gradient before the optimizer does."""
+    return bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks)

@@ -112,14 +112,15 @@ def add_backend(name: str, library: str, cannot_run: Callable, availability: Ava
 _known = {name: _ask(name) for name in ("cpu", "aten")}
 
 
-def _availability(name: str) -> Availability:
+def availability(name: str) -> Availability:
+    """Whether this backend can be used in this process."""
     if name not in _known:
         _known[name] = _ask(name)
     return _known[name]
 
 
 def _unavailable(name: str) -> str:
-    return "" if _availability(name) else _availability(name).reason
+    return "" if availability(name) else availability(name).reason
 
 
 # torch.compiler.assume_constant_result without importing the compiler: asking a GPU backend cannot be traced.
@@ -131,7 +132,7 @@ _told: set[tuple[str, str]] = set()
 
 def backends() -> dict[str, Availability]:
     """Every backend's availability in this process: ``{"cpu": Availability(available=True, reason="..."), ...}``."""
-    return {name: _availability(name) for name in NAMES}
+    return {name: availability(name) for name in NAMES}
 
 
 def current_backend() -> str:
@@ -152,8 +153,8 @@ class use_backend:  # noqa: N801  (named like torch.set_grad_enabled: a function
         global _choice
         if name != "auto" and name not in NAMES and name not in _LIBRARIES:
             raise ValueError(f"use_backend: name expected one of auto, {', '.join(NAMES)}; got {name!r}")
-        if name != "auto" and not _availability(name):
-            raise RuntimeError(f"use_backend: backend {name!r} is not available: {_availability(name).reason}")
+        if name != "auto" and not availability(name):
+            raise RuntimeError(f"use_backend: backend {name!r} is not available: {availability(name).reason}")
         self._before, _choice = _choice, name
 
     def __enter__(self) -> None:
@@ -248,4 +249,9 @@ def tell(op: str, reason: str) -> None:
 
 def impl(backend: str, op: str) -> Callable:
     """The callable with the signature of ``torch.ops.fastconv.<op>`` that ``backend`` runs."""
-    return getattr(getattr(torch.ops, _LIBRARIES.get(backend, "fastconv")), op).default
+    return getattr(getattr(torch.ops, library(backend)), op).default
+
+
+def library(backend: str) -> str:
+    """The namespace under torch.ops that the backend's raw operators are in."""
+    return _LIBRARIES.get(backend, "fastconv")

@@ -1,6 +1,8 @@
 // What every driver library exports besides its own functions: seed, counters, last error.
 #pragma once
 
+#include <dlfcn.h>
+
 #include "launch.cuh"
 
 static std::string g_last_error;
@@ -20,5 +22,17 @@ void simt_counters(int64_t* out) {
                             c.cp_async_small, c.barriers,           c.blocks};
   std::memcpy(out, values, sizeof(values));
   simt::g.counters = {};
+}
+// Lines "launches symbol" of every kernel started since the last call; valid until the next.
+const char* simt_launches() {
+  static std::string text;
+  text.clear();
+  for (const auto& [kernel, count] : simt::g.launches) {
+    Dl_info info{};
+    const bool known = dladdr(kernel, &info) && info.dli_sname;
+    text += std::to_string(count) + " " + (known ? info.dli_sname : "unknown") + "\n";
+  }
+  simt::g.launches.clear();
+  return text.c_str();
 }
 }

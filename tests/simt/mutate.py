@@ -41,6 +41,7 @@ FAMILY_OF = {
     "cross_entropy": "loss",
     "cross_entropy_backward": "loss",
     "loss": "loss",
+    "update": "update",
 }  # everything else: conv
 TIMEOUT = 240  # seconds for one family's tests, which take less than a minute and a half: a fault may hang them
 torch.set_num_threads(1)  # a fork must not inherit a pool of threads
@@ -195,6 +196,19 @@ EDITS = [
     ("pool.cuh", "% 16 == 0 && reinterpret_cast<uintptr_t>(p.offsets) % kN == 0;", "% 16 == 0;"),
     ("pool.cuh", "p0 = max_int(floor_div(h + g.pad_h - g.r, g.stride_h) + 1, 0)", "p0 = 0"),
     ("pool.cuh", "min_int((h + g.pad_h) / g.stride_h + 1, g.p)", "(h + g.pad_h) / g.stride_h + 1"),
+    ("update.cuh", "p.first_block[middle] <= block", "p.first_block[middle] < block"),
+    ("update.cuh", "return t.live == kAllLive ||", "return true ||"),
+    ("update.cuh", "at / t.inner % t.taps", "at % t.taps"),
+    ("update.cuh", "(t.live == kAllLive || t.inner % kUpdateVector == 0)", "true"),
+    ("update.cuh", "words % 16 == 0 && grad == 0 &&", "grad == 0 &&"),
+    ("update.cuh", "begin + kUpdateChunk < t.elements ? begin + kUpdateChunk : t.elements", "begin + kUpdateChunk"),
+    ("update.cuh", "(end - begin) / kUpdateVector * kUpdateVector", "(end - begin)"),
+    ("update.cuh", "at < end; at += kUpdateThreads)", "at < whole; at += kUpdateThreads)"),
+    ("update.cuh", "if (t.elements == 0) continue;", ""),
+    ("update.cuh", "w[i] *= r.keep;", ""),
+    ("update.cuh", "d[i] += w[i] * r.l2;", ""),
+    ("update.cuh", "r.nesterov != 0.0f ?", "true ?"),
+    ("update.cuh", "p.count < kUpdateTensors; ++at", "p.count < count; ++at"),
     ("cross_entropy.cuh", "sum * expf(max - x)", "sum"),
     ("cross_entropy.cuh", ": sum_wx - (now - before) * sum_w;", ": sum_wx;"),
     ("cross_entropy.cuh", "before == now || before == -INFINITY ? sum_wx", "before == now ? sum_wx"),

@@ -25,7 +25,7 @@ import simt_lib
 from fastconv._kernels import cuobjdump, launch_of, launch_table, readable, resident_blocks
 
 ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
-FAMILIES = ["conv", "depthwise", "norm", "pool", "loss"]
+FAMILIES = ["conv", "depthwise", "norm", "pool", "loss", "update"]
 DTYPES = {"fp32": "float", "fp16": "__half", "bf16": "__nv_bfloat16"}
 PATTERNS = {
     "HMMA": r"\bHMMA",

@@ -53,7 +53,7 @@ def asan(arguments: list[str]) -> int:
 
 
 def build() -> int:
-    for family in ("conv", "norm", "pool", "loss", "emulator"):
+    for family in ("conv", "norm", "pool", "loss", "update", "emulator"):
         print(simt_lib.build(family, "asan").name, flush=True)
     return 0
 

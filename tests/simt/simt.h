@@ -21,12 +21,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
 #ifndef __launch_bounds__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -146,6 +148,7 @@ struct Gpu {
   uint64_t seed = 0;
   std::string error;
   Counters counters;
+  std::map<const void*, int64_t> launches;  // by kernel
   void (*entry)(void*) = nullptr;
   void* entry_arg = nullptr;
 #if defined(__SANITIZE_THREAD__)

@@ -13,7 +13,7 @@ import simt_lib
 import torch
 from torch.utils import cpp_extension
 
-FAMILIES = ["conv", "norm", "pool", "loss"]
+FAMILIES = ["conv", "norm", "pool", "loss", "update"]
 # Host code that both devices share; csrc/cpu has the CPU's own.
 SOURCES = [simt_lib.HERE / "host.cpp", *sorted((simt_lib.ROOT / "csrc" / "host").glob("*.cpp"))]
 SOURCES += sorted(simt_lib.LAUNCH.glob("*.cpp"))

@@ -106,6 +106,12 @@ class Library:
         self.lib.simt_error.restype = ctypes.c_char_p
         self.counters: dict[str, int] = {}
 
+    def launches(self) -> dict[str, int]:
+        """Kernel -> how often it was started since the last time."""
+        self.lib.simt_launches.restype = ctypes.c_char_p
+        lines = [line.split() for line in self.lib.simt_launches().decode().splitlines()]
+        return {symbol: int(count) for count, symbol in lines}
+
     def call(self, name: str, *args, seed: int = 0) -> int:
         self.lib.simt_seed(ctypes.c_uint64(seed))
         status = getattr(self.lib, name)(*args)

@@ -49,6 +49,7 @@ inline void run_block() {
 template <class Kernel, class... Args>
 std::string run(Kernel kernel, dim3 grid, dim3 block, size_t smem, Args... args) {
   g.error.clear();
+  ++g.launches[reinterpret_cast<const void*>(kernel)];
   g.grid = grid;
   g.block = block;
   g.threads = static_cast<int>(block.x * block.y * block.z);
@@ -155,6 +156,10 @@ T __shfl_sync(unsigned mask, T v, int source, int width = 32, SIMT_HERE) {
   static char name##_key;             \
   auto& name = *reinterpret_cast<type(*)[count]>(::simt::static_smem(&name##_key, sizeof(type) * (count)))
 #define DYN_SMEM(name) unsigned char* name = ::simt::g.dyn_smem
+// x86 takes what a GPU faults on.
+#define VECTOR_ACCESS(p, bytes)                                           \
+  if (reinterpret_cast<uintptr_t>(static_cast<const void*>(p)) % (bytes)) \
+  ::simt::fail("misaligned access of " + std::to_string(bytes) + " bytes")
 
 template <class T>
 inline T __ldg(const T* p) {

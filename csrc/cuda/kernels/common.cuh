@@ -49,6 +49,7 @@ __device__ __forceinline__ void load_floats(float (&out)[N], const T* p) {
   constexpr int kStep = N < kVec16<T> ? N : kVec16<T>;
 #pragma unroll
   for (int i = 0; i < N; i += kStep) {
+    VECTOR_ACCESS(p + i, sizeof(Vec<T, kStep>));
     Vec<T, kStep> v = *reinterpret_cast<const Vec<T, kStep>*>(p + i);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) out[i + j] = to_float(v.v[j]);
@@ -63,6 +64,7 @@ __device__ __forceinline__ void store_floats(T* p, const float (&in)[N]) {
     Vec<T, kStep> v;
 #pragma unroll
     for (int j = 0; j < kStep; ++j) v.v[j] = from_float<T>(in[i + j]);
+    VECTOR_ACCESS(p + i, sizeof(v));
     *reinterpret_cast<Vec<T, kStep>*>(p + i) = v;
   }
 }

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_kernel(PoolParams<T> k)
       Vec<uint8_t, N> v;
 #pragma unroll
       for (int j = 0; j < N; ++j) v.v[j] = static_cast<uint8_t>(where[j]);
+      VECTOR_ACCESS(k.offsets + at, sizeof(v));
       *reinterpret_cast<Vec<uint8_t, N>*>(k.offsets + at) = v;
     }
   }
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_backward_kernel(PoolPar
         int qw = w + g.pad_w - s * g.dil_w;
         if (qw < 0 || qw % g.stride_w || qw / g.stride_w >= g.q) continue;
         const int64_t at = ((n * g.p + ph / g.stride_h) * g.q + qw / g.stride_w) * g.c + c;
+        VECTOR_ACCESS(k.offsets + at, N);
         const auto offsets = *reinterpret_cast<const Vec<uint8_t, N>*>(k.offsets + at);
         float dy[N];
         load_floats<N>(dy, k.in + at);

@@ -20,6 +20,7 @@
 
 #define SMEM_ARRAY(type, name, count) __shared__ type name[count]
 #define DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
+#define VECTOR_ACCESS(p, bytes)  // the emulator checks that p is aligned
 
 namespace fastconv::ptx {
 
