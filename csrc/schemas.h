@@ -124,11 +124,19 @@ inline void define_plan_operators(torch::Library& m) {
   m.def(
       "update(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, int per, Tensor(c!)[] halves, Tensor hyper, "
       "str optimizer, int[] live) -> ()");
-  // On GPUs: raw = conv2d(input, weight) + bias, output = act(batch_norm(raw) + residual), the statistics on the way.
+  // The next three are GPUs' alone.
+  // raw = conv2d(input, weight) + bias, output = act(batch_norm(raw) + residual), the statistics on the way.
   m.def(
       "conv2d_bn(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int[] geometry, float? "
       "momentum, float eps, str activation, Tensor(d!) raw, Tensor(e!) output) -> (Tensor, Tensor)");
+  // grad = the gradient + addend, then batch_norm_backward of it.
+  m.def(
+      "conv2d_input_grad_bn(Tensor grad_output, Tensor weight, Tensor? addend, int[] geometry, Tensor(a!) grad, Tensor "
+      "input, Tensor? output, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor invstd, str "
+      "activation, Tensor(b!) grad_input, Tensor(c!)? grad_residual) -> (Tensor, Tensor)");
+  // The gradient in the input's dtype, or fp32 [splits, k, c, r, s] of which it is the sum: `update` takes either.
+  m.def("conv2d_weight_grad_parts(Tensor grad_output, Tensor input, Tensor weight, int[] geometry) -> Tensor");
   m.def(
       "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? "
       "running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, Tensor(d!) output) "

@@ -118,6 +118,59 @@ def test_conv2d_bn_and_its_backward(name, act, dtype, planner):
             close(mine.to(dtype), stock, oracle)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("act", ("relu", "silu"))
+def test_a_data_gradient_with_the_batch_norm_behind_it(name, act, dtype, planner):
+    """As the two calls; few rows, where the sums may stay split, and many."""
+    x, w, settings, geometry = problem(name, dtype)
+    channels, plan = x.shape[1], operators(planner)
+    dz, addend, raw = like(F.conv2d(x, w, **settings)), like(x), like(x)
+    weight, bias, mean = torch.randn(3, channels)
+    invstd = torch.rand(channels) + 0.5
+    out = like(x).relu()
+    norm = [raw, out if act == "relu" else None, None, weight, bias, mean, invstd, act]
+    grad = addend.clone()
+    plan.conv2d_input_grad(dz, w, grad, geometry, grad)
+    expected = [torch.full_like(x, torch.nan) for _ in range(2)]
+    expected += plan.batch_norm_backward(grad, *norm, *expected)
+    for given in (True, False):
+        into = addend.clone() if given else torch.full_like(x, torch.nan)
+        found = [torch.full_like(x, torch.nan), into if act == "relu" else torch.empty_like(x)]
+        found += plan.conv2d_input_grad_bn(dz, w, into if given else addend, geometry, into, *norm, *found)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", (*SMALL, "many rows"))
+def test_weight_gradients_in_parts(name, dtype, planner):
+    """Their sum is the gradient, and `update` takes either form."""
+    if name == "many rows":
+        x, w, geometry = (
+            like(torch.empty(8, 8, 16, 16)).to(dtype),
+            like(torch.empty(8, 8, 1, 1)).to(dtype),
+            [1, 1, 0, 0, 1, 1, 1],
+        )
+        settings = {}
+    else:
+        x, w, settings, geometry = problem(name, dtype)
+    g, plan = like(F.conv2d(x, w, **settings)), operators(planner)
+    parts = plan.conv2d_weight_grad_parts(g, x, w, geometry)
+    if parts.dim() == 5:
+        assert parts.dtype is torch.float32 and parts.shape[0] > 1
+    elif name == "many rows" and planner.name == "simt":
+        raise AssertionError("the sums were not split")
+    dw = parts.float().sum(0) if parts.dim() == 5 else parts
+    close(dw.to(dtype), backward(x, w, g, settings)[1], backward(x.double(), w.double(), g.double(), settings)[1])
+    hyper = torch.tensor([0.5, 0.9, 0.0, 0.0], dtype=torch.float64)
+    weights = [w.float(), w.float()]
+    buffers = [torch.zeros_like(v) for v in weights]
+    plan.update(weights[:1], [parts], buffers[:1], 1, [], hyper, "sgd", [])
+    plan.update(weights[1:], [dw.float()], buffers[1:], 1, [], hyper, "sgd", [])
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-5)
+
+
 def test_batch_norm_alone(planner):
     x = like(torch.empty(3, 8, 5, 4))
     weight, bias = torch.randn(2, 8)
@@ -250,8 +303,11 @@ def test_a_step_has_no_casts_no_fills_and_one_update(dtype, planner):
     (plan,) = step._plans.cache.values()
     calls = Counter(label.split()[0].split("::")[1] for label in plan.labels)
     layers = 8
-    assert calls["conv2d_bn"] == calls["batch_norm_backward"] == calls["conv2d_weight_grad"] == layers
-    assert calls["conv2d_input_grad"] == layers - 1
+    assert calls["conv2d_bn"] == calls["conv2d_weight_grad_parts"] == layers
+    # The last norms of the blocks and of their shortcuts get their gradient from elsewhere, or from several places.
+    assert calls["conv2d_input_grad_bn"] + calls["batch_norm_backward"] == layers
+    assert calls["conv2d_input_grad_bn"] + calls["conv2d_input_grad"] == layers - 1
+    assert calls["conv2d_input_grad_bn"] >= 5
     assert calls["update"] == (1 if dtype is None else 2)  # with a bf16 copy, and without
     # The sums of gradients at the two residuals lie in the data gradients' epilogues; the casts are those of input,
     # logits and their gradient.

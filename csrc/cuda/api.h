@@ -27,6 +27,7 @@ struct ConvCall {
   float *stat_mean, *stat_m2, *partial;
   ConvShape shape;
   int dtype, act, pro_act, tile, splits, tensor, kind;
+  int keep_parts;  // splits > 1: leave the sums in partial for whoever adds them up; not of depthwise kinds
 };
 std::string conv(const ConvCall& call, LaunchStream stream);
 // Rows of the tile that will run: statistics partials are [ceil(n p q / rows), k].
@@ -45,6 +46,13 @@ struct ActBackwardCall {
 };
 std::string act_backward(const ActBackwardCall& call, LaunchStream stream);
 
+// A tensor that a convolution left as split sums (kernels/column_tile.cuh): few rows only. parts null: it is there.
+struct SplitCall {
+  const float* parts;
+  const void *addend, *bias;
+  int splits, bias_float;
+};
+
 struct NormCall {
   const void *x, *residual, *weight, *bias;
   void *y, *running_mean, *running_var, *batches;
@@ -53,6 +61,7 @@ struct NormCall {
   // params_float: weight and bias are fp32, else of dtype; running_float: likewise the running statistics
   int dtype, params_float, running_float, channels, training, act, blocks, min_rows;
   float momentum, eps;  // momentum < 0: cumulative average
+  SplitCall split;      // of x, which is written then
 };
 std::string batch_norm(const NormCall& call, LaunchStream stream);
 
@@ -72,6 +81,7 @@ struct NormBackwardCall {
   float *part_g, *part_gx, *sum_g, *sum_gx;
   int64_t rows;
   int dtype, params_float, channels, training, act, blocks, min_rows;
+  SplitCall split;  // of dy, which is written then
 };
 std::string batch_norm_backward(const NormBackwardCall& call, LaunchStream stream);
 
@@ -108,6 +118,7 @@ struct UpdateCall {
     int64_t elements;
     uint64_t live;    // bit t: tap t of [k, taps, inner] is updated
     int inner, taps;  // 1 where all are
+    int splits;       // grad is the sum of so many, one behind the other
     int grad_dtype, half_dtype;
   };
   std::vector<Tensor> tensors;

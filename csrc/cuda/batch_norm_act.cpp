@@ -38,8 +38,8 @@ class Running {
 }  // namespace
 
 BatchNormStats batch_norm_forward(const char* op, const Device& device, const at::Tensor& x, const at::Tensor& residual,
-                                  const at::Tensor& out, const BatchNormArgs& args, Act act,
-                                  const ConvStatistics& parts) {
+                                  const at::Tensor& out, const BatchNormArgs& args, Act act, const ConvRest& rest,
+                                  const at::Tensor& conv_bias) {
   const int64_t channels = x.size(1);
   const auto options = acc_options(x);
   BatchNormStats stats{at::empty({channels}, options), at::empty({channels}, options)};
@@ -71,9 +71,12 @@ BatchNormStats batch_norm_forward(const char* op, const Device& device, const at
   const bool tracks = running.mean.defined() || running.var.defined();
   call.momentum = args.momentum.has_value() ? static_cast<float>(*args.momentum) : (tracks ? -1.0f : 0.0f);
   at::Tensor workspace;
-  if (args.training && parts.part_rows > 0) {
-    call.part_rows = parts.part_rows;
-    call.part_mean = data<float>(parts.mean), call.part_m2 = data<float>(parts.m2);
+  const at::Tensor extra = conv_bias.defined() ? conv_bias.contiguous() : conv_bias;
+  if (args.training && rest.part_rows > 0) {
+    call.part_rows = rest.part_rows;
+    call.part_mean = data<float>(rest.mean), call.part_m2 = data<float>(rest.m2);
+  } else if (rest.splits > 0) {
+    call.split = {const_data<float>(rest.parts), nullptr, raw(extra), rest.splits, is_fp32(extra)};
   } else if (args.training) {
     const int chunks = most_column_chunks(call.dtype, call.rows, call.channels, call.blocks, call.min_rows);
     workspace = at::empty({2, chunks, channels}, options);
@@ -157,11 +160,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv2d_bn_act(
     return {to_format(out, format), no_tensor(input.options()), fold.stats.mean, fold.stats.invstd};
   }
   if (given(bias)) epilogue.bias = *bias;
-  ConvStatistics parts;
+  ConvRest rest;
+  rest.takes_parts = takes_parts(p.gemm_m(), args);
   const at::Tensor conv =
-      conv_forward(op, device, p, input, weight, epilogue, format, training && p.n > 0 ? &parts : nullptr);
+      conv_forward(op, device, p, input, weight, epilogue, format, training && p.n > 0 ? &rest : nullptr);
   const at::Tensor out = save_for_backward ? empty_nhwc(sizes, input.options(), format) : conv;
-  BatchNormStats stats = batch_norm_forward(op, device, conv, res, out, args, act, parts);
+  BatchNormStats stats = batch_norm_forward(op, device, conv, res, out, args, act, rest, epilogue.bias);
   return {to_format(out, format), save_for_backward ? to_format(conv, format) : no_tensor(input.options()), stats.mean,
           stats.invstd};
 }

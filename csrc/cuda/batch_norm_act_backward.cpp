@@ -15,7 +15,7 @@ at::ScalarType bn_vectors(const at::Tensor& x, const OptTensor& weight, const Op
 void batch_norm_backward(const char* op, const Device& device, const at::Tensor& dy, const at::Tensor& x,
                          const at::Tensor& output, const at::Tensor& residual, const OptTensor& weight,
                          const OptTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool training,
-                         Act act, const BatchNormGrads& grads) {
+                         Act act, const BatchNormGrads& grads, const ConvRest& rest, const at::Tensor& addend) {
   const int64_t channels = x.size(1);
   NormBackwardCall call{};
   call.dtype = dtype_number(op, x);
@@ -34,6 +34,7 @@ void batch_norm_backward(const char* op, const Device& device, const at::Tensor&
   const at::Tensor workspace = at::empty({2 * chunks + 2, channels}, acc_options(x));
   call.part_g = data<float>(workspace), call.part_gx = call.part_g + chunks * channels;
   call.sum_g = call.part_gx + chunks * channels, call.sum_gx = call.sum_g + channels;
+  if (rest.splits > 0) call.split = {const_data<float>(rest.parts), raw(addend), nullptr, rest.splits, 1};
   check_launch(op, fastconv::batch_norm_backward(call, device.stream()));
 }
 

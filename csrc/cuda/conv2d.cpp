@@ -56,11 +56,18 @@ at::Tensor choose(ConvCall& call, const at::Tensor& like, const Device& device, 
   return partial;
 }
 
+// The call leaves its split sums to rest; depthwise kernels add theirs up themselves.
+void keep_parts(ConvCall& call, const at::Tensor& partial, ConvRest& rest) {
+  if (call.splits == 1 || call.kind >= kDepthwiseFprop) return;
+  call.keep_parts = 1;
+  rest.parts = partial, rest.splits = call.splits;
+}
+
 }  // namespace
 
 at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& p, const at::Tensor& input,
                         const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
-                        ConvStatistics* stats) {
+                        ConvRest* rest) {
   ConvCall call = make_call(op, p, input, kFprop);
   const at::Tensor out =
       epilogue.out.defined() ? epilogue.out : empty_nhwc({p.n, p.k, p.p, p.q}, input.options(), format);
@@ -76,34 +83,48 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
   }
   call.residual = raw(epilogue.residual), call.preact = raw(epilogue.pre);
   call.act = static_cast<int>(epilogue.act);
-  const bool want_stats = stats != nullptr && call.kind == kFprop;
+  const bool want_stats = rest != nullptr && !rest->takes_parts && call.kind == kFprop;
   const at::Tensor partial = choose(call, x, device, want_stats);
+  if (rest != nullptr && rest->takes_parts) keep_parts(call, partial, *rest);
   if (want_stats) {
-    stats->part_rows = conv_tile_rows(call);
-    const int64_t parts = (p.gemm_m() + stats->part_rows - 1) / stats->part_rows;
-    stats->mean = at::empty({parts, p.k}, acc_options(x));
-    stats->m2 = at::empty({parts, p.k}, acc_options(x));
-    call.stat_mean = data<float>(stats->mean), call.stat_m2 = data<float>(stats->m2);
+    rest->part_rows = conv_tile_rows(call);
+    const int64_t parts = (p.gemm_m() + rest->part_rows - 1) / rest->part_rows;
+    rest->mean = at::empty({parts, p.k}, acc_options(x));
+    rest->m2 = at::empty({parts, p.k}, acc_options(x));
+    call.stat_mean = data<float>(rest->mean), call.stat_m2 = data<float>(rest->m2);
   }
   check_launch(op, conv(call, device.stream()));
   return out;
 }
 
-void conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
-                     const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx) {
+ConvRest conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                         const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx, bool takes_parts) {
   const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
   ConvCall call = make_call(op, p, dy, kDgrad);
   call.a = raw(dy), call.b = raw(w), call.out = raw(dx), call.residual = raw(addend);
   const at::Tensor partial = choose(call, dy, device, false);
+  ConvRest rest;
+  if (takes_parts) keep_parts(call, partial, rest);
   check_launch(op, conv(call, device.stream()));
+  return rest;
 }
 
-void conv_weight_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
-                      const at::Tensor& x, const at::Tensor& dw) {
+ConvRest conv_weight_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                          const at::Tensor& x, const at::Tensor& dw, bool takes_parts) {
   ConvCall call = make_call(op, p, dy, kWgrad);
-  call.a = raw(dy), call.b = raw(x), call.out = raw(dw);
   const at::Tensor partial = choose(call, dy, device, false);
+  ConvRest rest;
+  // The optimizer reads them at the end of the step: a few layers' sums lie in L2 until then, more would not.
+  constexpr int64_t kMostPartBytes = 8 << 20;
+  if (takes_parts && partial.defined() && static_cast<int64_t>(partial.nbytes()) <= kMostPartBytes)
+    keep_parts(call, partial, rest);
+  const std::array<int64_t, 4> sizes{p.k, p.c / p.groups, p.r, p.s};
+  const bool own = takes_parts && rest.splits == 0;
+  const at::Tensor out = own ? at::empty(sizes, x.options(), at::MemoryFormat::ChannelsLast) : dw;
+  call.a = raw(dy), call.b = raw(x), call.out = raw(out);
+  if (own) rest.parts = out;
   check_launch(op, conv(call, device.stream()));
+  return rest;
 }
 
 namespace {

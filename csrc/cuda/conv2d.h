@@ -13,25 +13,32 @@ struct ConvEpilogueTensors {
   Act act = Act::identity;
 };
 
-// Statistics of the result in pieces of part_rows rows: [ceil(n p q / part_rows), k] each. Undefined where the kernel
-// that ran cannot give them.
-struct ConvStatistics {
+// What a convolution leaves to the batch norm that reads its result next: split sums, which that adds up (few rows), or
+// statistics of the result in pieces of part_rows rows, [ceil(n p q / part_rows), k] each. Nothing where the kernel
+// that ran can give neither.
+struct ConvRest {
+  bool takes_parts = false;  // said by the caller
+  at::Tensor parts;          // [splits, n p q k] fp32: the result itself is not written
+  int splits = 0;
   at::Tensor mean, m2;
   int64_t part_rows = 0;
 };
 
 // input and weight in any layout; the result is dense NHWC in memory, in `format`'s strides where that is the same
-// bytes. stats: wanted (or null).
+// bytes. rest: wanted (or null). Where it has parts, the epilogue's bias is left to who adds them up too.
 at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& p, const at::Tensor& input,
                         const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
-                        ConvStatistics* stats);
+                        ConvRest* rest);
 
-// dx = the data gradient + addend (undefined: nothing; dx itself: added to). dy, addend and dx: NHWC.
-void conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
-                     const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx);
+// dx = the data gradient + addend (undefined: nothing; dx itself: added to). dy, addend and dx: NHWC. takes_parts:
+// where the sums are split, they are returned as in ConvRest, and neither dx is written nor addend added.
+ConvRest conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                         const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx,
+                         bool takes_parts = false);
 
-// dw = the weight gradient. dy, x and dw: NHWC, of one dtype.
-void conv_weight_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
-                      const at::Tensor& x, const at::Tensor& dw);
+// dw = the weight gradient. dy, x and dw: NHWC, of one dtype. takes_parts: as above, with dw undefined: where the sums
+// are not split, rest.parts is the gradient itself, in the dtype of x.
+ConvRest conv_weight_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
+                          const at::Tensor& x, const at::Tensor& dw, bool takes_parts = false);
 
 }  // namespace fastconv::cuda

@@ -29,6 +29,7 @@ ConvProblem<T> conv_problem(const ConvCall& c) {
   p.tile = c.tile;
   p.splits = c.splits;
   p.tensor = c.tensor != 0;
+  p.keep_parts = c.keep_parts != 0;
   return p;
 }
 

@@ -29,6 +29,20 @@ std::string act_backward(const ActBackwardCall& c, LaunchStream stream) {
   });
 }
 
+namespace {
+
+template <class T>
+SplitSum<T> split_sum(const SplitCall& c, const void* into, int64_t rows, int channels) {
+  return {c.parts,
+          static_cast<const T*>(c.addend),
+          static_cast<T*>(const_cast<void*>(into)),
+          {c.bias, c.bias_float != 0},
+          rows * channels,
+          c.splits};
+}
+
+}  // namespace
+
 std::string batch_norm(const NormCall& c, LaunchStream stream) {
   return for_dtype(c.dtype, [&](auto t) {
     using T = decltype(t);
@@ -45,6 +59,7 @@ std::string batch_norm(const NormCall& c, LaunchStream stream) {
                          c.save_invstd,
                          c.part_mean,
                          c.part_m2,
+                         split_sum<T>(c.split, c.x, c.rows, c.channels),
                          false,
                          c.training != 0,
                          c.momentum,
@@ -95,6 +110,7 @@ std::string batch_norm_backward(const NormBackwardCall& c, LaunchStream stream) 
                                  c.part_gx,
                                  c.sum_g,
                                  c.sum_gx,
+                                 split_sum<T>(c.split, c.dy, c.rows, c.channels),
                                  c.training != 0,
                                  static_cast<Activation>(c.act),
                                  {}};

@@ -60,12 +60,53 @@ std::tuple<at::Tensor, at::Tensor> conv2d_bn(const at::Tensor& input, const at::
   ConvEpilogueTensors e;
   e.bias = or_none(bias);
   e.out = raw_output;
-  ConvStatistics parts;
-  conv_forward(op, device, p, input, weight, e, kNhwc, p.n > 0 ? &parts : nullptr);
+  ConvRest rest;
+  rest.takes_parts = takes_parts(p.gemm_m(), args);
+  conv_forward(op, device, p, input, weight, e, kNhwc, p.n > 0 ? &rest : nullptr);
   BatchNormStats stats =
-      batch_norm_forward(op, device, raw_output, or_none(residual), output, args, plan_act(op, act), parts);
+      batch_norm_forward(op, device, raw_output, or_none(residual), output, args, plan_act(op, act), rest, e.bias);
   return {stats.mean, stats.invstd};
 }
+
+// The arguments of a batch norm's backward, checked.
+class Norm {
+ public:
+  Norm(const char* op, const at::Tensor& grad_output, const at::Tensor& input, const OptTensor& output,
+       const OptTensor& residual, const OptTensor& weight, const OptTensor& bias, const at::Tensor& mean,
+       const at::Tensor& invstd, c10::string_view act, const at::Tensor& grad_input, const OptTensor& grad_residual)
+      : op_(op), dy_(grad_output), x_(input), weight_(weight), bias_(bias), mean_(mean), invstd_(invstd) {
+    const BatchNormSaved saved =
+        check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean, invstd, act,
+                                  {true, given(grad_residual), given(weight), given(bias)});
+    check_nhwc(op, "grad_output", grad_output);
+    check_nhwc(op, "input", input);
+    check_output(op, "grad_input", grad_input, input, input.sizes());
+    if (given(grad_residual)) check_output(op, "grad_residual", *grad_residual, input, input.sizes());
+    act_ = saved.act;
+    if (saved.from_output) output_ = nhwc(*output);
+    if (saved.recompute && given(residual)) residual_ = nhwc(*residual);
+    const auto vectors = input.options().dtype(bn_vectors(input, weight, bias));
+    const auto vector = [&](const OptTensor& t) {
+      return given(t) ? at::empty({input.size(1)}, vectors) : no_tensor(vectors);
+    };
+    grads_ = {grad_input, or_none(grad_residual), vector(weight), vector(bias)};
+  }
+
+  // rest, addend: where dy comes as split sums.
+  std::tuple<at::Tensor, at::Tensor> backward(const ConvRest& rest, const at::Tensor& addend) const {
+    batch_norm_backward(op_, Device(x_), dy_, x_, output_, residual_, weight_, bias_, mean_, invstd_, true, act_,
+                        grads_, rest, addend);
+    return {grads_.dweight, grads_.dbias};
+  }
+
+ private:
+  const char* op_;
+  at::Tensor dy_, x_, output_, residual_;
+  OptTensor weight_, bias_;
+  at::Tensor mean_, invstd_;
+  Act act_;
+  BatchNormGrads grads_;
+};
 
 // grad_input = the gradient + addend
 void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, const OptTensor& addend,
@@ -76,6 +117,22 @@ void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, 
   check_output(op, "grad_output", grad_output, grad_input, {p.n, p.k, p.p, p.q});
   if (given(addend)) check_output(op, "addend", *addend, grad_input, grad_input.sizes());
   conv_input_grad(op, Device(grad_output), p, grad_output, weight, or_none(addend), grad_input);
+}
+
+std::tuple<at::Tensor, at::Tensor> conv2d_input_grad_bn(
+    const at::Tensor& grad_output, const at::Tensor& weight, const OptTensor& addend, at::IntArrayRef geometry,
+    const at::Tensor& grad, const at::Tensor& input, const OptTensor& output, const OptTensor& residual,
+    const OptTensor& bn_weight, const OptTensor& bn_bias, const at::Tensor& mean, const at::Tensor& invstd,
+    c10::string_view act, const at::Tensor& grad_input, const OptTensor& grad_residual) {
+  constexpr const char* op = "fastconv_plan::conv2d_input_grad_bn";
+  const PlainDispatch guard;
+  const ConvParams p = plan_conv_params(op, grad, weight, geometry);
+  check_output(op, "grad_output", grad_output, grad, {p.n, p.k, p.p, p.q});
+  if (given(addend)) check_output(op, "addend", *addend, grad, grad.sizes());
+  const Norm norm(op, grad, input, output, residual, bn_weight, bn_bias, mean, invstd, act, grad_input, grad_residual);
+  const bool takes = p.n * p.h * p.w <= kBatchNormSmallRows;
+  const ConvRest rest = conv_input_grad(op, Device(grad_output), p, grad_output, weight, or_none(addend), grad, takes);
+  return norm.backward(rest, or_none(addend));
 }
 
 // grad_weight: fp32, which costs 16-bit operands a pass of its own, or their dtype, as `update` below reads it.
@@ -96,13 +153,25 @@ void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, 
   if (!own) grad_weight.copy_(dw);
 }
 
+at::Tensor conv2d_weight_grad_parts(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                    at::IntArrayRef geometry) {
+  constexpr const char* op = "fastconv_plan::conv2d_weight_grad_parts";
+  const PlainDispatch guard;
+  const ConvParams p = plan_weight_grad_params(op, grad_output, input, weight, geometry);
+  const ConvRest rest = conv_weight_grad(op, Device(input), p, grad_output, input, {}, true);
+  if (rest.splits == 0) return rest.parts;
+  // [splits, k r s c] as [splits, k, c, r, s]
+  const int64_t c = weight.size(1), rsc = c * p.r * p.s;
+  return rest.parts.as_strided({rest.splits, p.k, c, p.r, p.s}, {p.k * rsc, rsc, 1, p.s * c, c});
+}
+
 // One launch for all parameters (kernels/update.cuh). live: bit r * S + s for every filter tap that is updated, -1 for
 // all; none given: all of all.
 void update(at::TensorList parameters, at::TensorList grads, at::TensorList state, int64_t per, at::TensorList halves,
             const at::Tensor& hyper, c10::string_view optimizer, at::IntArrayRef live) {
   constexpr const char* op = "fastconv_plan::update";
   const PlainDispatch guard;
-  check_update_lists(op, parameters, grads, state, per, halves, live);
+  check_update_lists(op, parameters, grads, state, per, halves, live, true);
   if (parameters.empty()) return;
   UpdateCall call{};
   std::vector<at::Tensor> kept;  // gradients that had to be copied, until the launch
@@ -114,7 +183,14 @@ void update(at::TensorList parameters, at::TensorList grads, at::TensorList stat
     check_device(op, "parameters", w, parameters[0]);
     check_device(op, "grads", grads[i], w);
     at::Tensor g = grads[i];
-    if (g.strides() != w.strides()) g = at::empty_strided(w.sizes(), w.strides(), g.options()).copy_(g);
+    const bool parts = g.dim() == w.dim() + 1;
+    if (parts) {
+      check_dtype(op, "grads", g, at::kFloat);
+      TORCH_CHECK(g.stride(0) == w.numel() && g.strides().slice(1) == w.strides(), op,
+                  ": grads expected parts in the order of the weight, ", w.strides(), ", got strides ", g.strides());
+    } else if (g.strides() != w.strides()) {
+      g = at::empty_strided(w.sizes(), w.strides(), g.options()).copy_(g);
+    }
     kept.push_back(g);
     const int64_t mask = live.empty() ? -1 : live[i];
     const bool whole = mask == -1;
@@ -126,8 +202,8 @@ void update(at::TensorList parameters, at::TensorList grads, at::TensorList stat
     call.tensors.push_back({data<float>(w), per > 0 ? data<float>(own[0]) : nullptr,
                             per > 1 ? data<float>(own[1]) : nullptr, given(half) ? raw(*half) : nullptr, raw(g),
                             w.numel(), static_cast<uint64_t>(mask), as_int(whole ? 1 : w.size(1)),
-                            as_int(whole ? 1 : w.size(2) * w.size(3)), dtype_number(op, g),
-                            given(half) ? dtype_number(op, *half) : 0});
+                            as_int(whole ? 1 : w.size(2) * w.size(3)), parts ? static_cast<int>(g.size(0)) : 1,
+                            dtype_number(op, g), given(half) ? dtype_number(op, *half) : 0});
   }
   call.momentum = per > 0;
   call.hyper = const_data<double>(hyper);
@@ -161,25 +237,10 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_into(const at::Tensor& gr
                                                             const at::Tensor& mean, const at::Tensor& invstd,
                                                             c10::string_view act, const at::Tensor& grad_input,
                                                             const OptTensor& grad_residual) {
-  constexpr const char* op = "fastconv_plan::batch_norm_backward";
   const PlainDispatch guard;
-  const BatchNormSaved saved =
-      check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean, invstd, act,
-                                {true, given(grad_residual), given(weight), given(bias)});
-  check_nhwc(op, "grad_output", grad_output);
-  check_nhwc(op, "input", input);
-  check_output(op, "grad_input", grad_input, input, input.sizes());
-  if (given(grad_residual)) check_output(op, "grad_residual", *grad_residual, input, input.sizes());
-  const auto vectors = input.options().dtype(bn_vectors(input, weight, bias));
-  const auto vector = [&](const OptTensor& t) {
-    return given(t) ? at::empty({input.size(1)}, vectors) : no_tensor(vectors);
-  };
-  const BatchNormGrads grads{grad_input, or_none(grad_residual), vector(weight), vector(bias)};
-  const at::Tensor none;
-  batch_norm_backward(op, Device(input), grad_output, input, saved.from_output ? nhwc(*output) : none,
-                      saved.recompute && given(residual) ? nhwc(*residual) : none, weight, bias, mean, invstd, true,
-                      saved.act, grads);
-  return {grads.dweight, grads.dbias};
+  return Norm("fastconv_plan::batch_norm_backward", grad_output, input, output, residual, weight, bias, mean, invstd,
+              act, grad_input, grad_residual)
+      .backward({}, {});
 }
 
 }  // namespace
@@ -188,7 +249,9 @@ FASTCONV_GPU_PLAN_OPERATORS(m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv2d_bn", &conv2d_bn);
   m.impl("conv2d_input_grad", &conv2d_input_grad);
+  m.impl("conv2d_input_grad_bn", &conv2d_input_grad_bn);
   m.impl("conv2d_weight_grad", &conv2d_weight_grad);
+  m.impl("conv2d_weight_grad_parts", &conv2d_weight_grad_parts);
   m.impl("update", &update);
   m.impl("batch_norm", &batch_norm);
   m.impl("batch_norm_backward", &batch_norm_backward_into);

@@ -10,7 +10,7 @@ std::string update(const UpdateCall& c, LaunchStream stream) {
   std::vector<UpdateTensor> tensors;
   tensors.reserve(c.tensors.size());
   for (const UpdateCall::Tensor& t : c.tensors) {
-    tensors.push_back({t.weight, t.momentum, t.variance, t.half, t.grad, t.elements, t.live, t.inner, t.taps,
+    tensors.push_back({t.weight, t.momentum, t.variance, t.half, t.grad, t.elements, t.live, t.inner, t.taps, t.splits,
                        static_cast<int8_t>(t.grad_dtype), static_cast<int8_t>(t.half_dtype), false});
   }
   const auto run = [&](auto launch) {

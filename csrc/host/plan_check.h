@@ -86,9 +86,9 @@ inline void bump_versions(const at::Tensor& weight, at::TensorList state) {
   }
 }
 
-// Of fastconv_plan::update.
+// Of fastconv_plan::update. takes_parts: a gradient may be the sum over a leading dimension.
 inline void check_update_lists(const char* op, at::TensorList parameters, at::TensorList grads, at::TensorList state,
-                               int64_t per, at::TensorList halves, at::IntArrayRef live) {
+                               int64_t per, at::TensorList halves, at::IntArrayRef live, bool takes_parts = false) {
   const auto count = static_cast<int64_t>(parameters.size());
   TORCH_CHECK(static_cast<int64_t>(grads.size()) == count, op, ": grads expected ", count, " tensors, got ",
               grads.size());
@@ -98,7 +98,10 @@ inline void check_update_lists(const char* op, at::TensorList parameters, at::Te
               " tensors, got ", halves.size());
   TORCH_CHECK(live.empty() || static_cast<int64_t>(live.size()) == count, op, ": live expected none or ", count,
               " integers, got ", live.size());
-  for (int64_t i = 0; i < count; ++i) check_sizes(op, "grads", grads[i], parameters[i].sizes());
+  for (int64_t i = 0; i < count; ++i) {
+    const bool parts = takes_parts && grads[i].dim() == parameters[i].dim() + 1;
+    check_sizes(op, "grads", parts ? grads[i][0] : grads[i], parameters[i].sizes());
+  }
 }
 
 }  // namespace fastconv

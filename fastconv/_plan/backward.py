@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,19 @@ from .forward import ATEN_ACTIVATIONS, Lowering, nhwc
 from .kernels import Kernels
 from .network import Network, Node, Refused, Value
 from .optim import PlannedOptimizer
-from .program import Slot
+from .program import Buffer, Slot
 
 SCALAR_TYPES = {torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType, as operators take it
 FLOAT32, BFLOAT16 = SCALAR_TYPES.values()
 SAVES_OUTPUT = {"relu", "relu6", "leaky_relu", "sigmoid", "tanh"}
+
+
+@dataclass(eq=False)
+class Pending:
+    """A data gradient that is not emitted yet: a GPU's batch norm, if it is what comes next, takes it along."""
+
+    into: Buffer
+    arguments: list[Any]  # of fastconv_plan::conv2d_input_grad, but for the last
 
 
 class BackwardLowering(Lowering):
@@ -86,8 +95,16 @@ class BackwardLowering(Lowering):
         if not self.wants(value):
             return
         if value in self.grad_at:
-            place = self.build.returning("aten::add.Tensor", [self.grad_at[value], place, 1])
+            before = self.resolve(self.grad_at[value])
+            place = self.build.returning("aten::add.Tensor", [before, place, 1])
         self.grad_at[value] = place
+
+    def resolve(self, place: Any) -> Any:
+        """Emits the gradient if it is pending; where it is."""
+        if not isinstance(place, Pending):
+            return place
+        self.build.call("fastconv_plan::conv2d_input_grad", [*place.arguments, place.into])
+        return place.into
 
     def share(self, place: Any) -> Any:
         self.shared.add(id(place))
@@ -117,7 +134,8 @@ class BackwardLowering(Lowering):
         self.give(self.network.output, grad)
         for node, backward in reversed(self.tape):
             if node.output in self.grad_at:
-                backward(self.grad_at.pop(node.output))
+                grad = self.grad_at.pop(node.output)
+                backward(grad if node.bn is not None else self.resolve(grad))
         self._finish_small()
         return result
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import SAVES_OUTPUT, BackwardLowering
+from .backward import SAVES_OUTPUT, BackwardLowering, Pending
 from .forward import PIXEL, as_filter, as_pixel, geometry, is_pixelwise
 from .network import Node, Refused
 from .program import Buffer
@@ -87,10 +87,12 @@ class TrainingLowering(BackwardLowering):
         used = self.half(weight)
         if self.wants(value):
             before = self.grad_at.get(value)
+            if isinstance(before, Pending):
+                before = self.resolve(before)
             own = isinstance(before, Buffer) and id(before) not in self.shared
             into = before if own else self.own(value)
-            self.build.call("fastconv_plan::conv2d_input_grad", [dz, used, before, shape, into])
-            self.grad_at[value] = into
+            pending = Pending(into, [dz, used, before, shape])
+            self.grad_at[value] = pending if self.kernels.gpu else self.resolve(pending)
         skip = weight.requires_grad and self.updates(weight) and self._skips_dead(node)
         self._weight_gradient(weight, dz, x, used, shape, skip)
 
@@ -121,9 +123,8 @@ class TrainingLowering(BackwardLowering):
             kept = as_filter(self.kept(weight))
             self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, kept])
         elif self.updates(weight) and self.kernels.gpu:
-            grad = self.build.buffer(tuple(used.shape), self.dtype)
-            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, grad])
-            self.gradient(weight, grad)
+            parts = self.build.returning("fastconv_plan::conv2d_weight_grad_parts", [dz, x, used, shape])
+            self.gradient(weight, parts)
         elif self.updates(weight):
             state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
             half = used if id(weight) in self.halves else None
@@ -164,10 +165,14 @@ class TrainingLowering(BackwardLowering):
         from_output = node.act in SAVES_OUTPUT
         recompute = not from_output and node.act != "identity"
 
-        def backward(grad: Any) -> Any:
+        def backward(found: Any) -> Any:
+            shares = self.wants(node.residual) and node.act == "identity"
+            if shares:  # somebody else reads it, maybe before the batch norm does
+                found = self.resolve(found)
+            grad = found.into if isinstance(found, Pending) else found
             dz, dweight, dbias = self.own(node.output), build.slot(), build.slot()
             dres = None
-            if self.wants(node.residual) and node.act == "identity":
+            if shares:
                 self.give(node.residual, self.share(grad))  # the sum hands its gradient on as it is
             elif self.wants(node.residual):
                 # In place of the gradient that it comes from, where nothing else reads that; a 16-bit gradient through
@@ -175,10 +180,13 @@ class TrainingLowering(BackwardLowering):
                 plain = node.act == "relu" or (self.dtype is torch.float32 and not self.kernels.gpu)
                 own = plain and isinstance(grad, Buffer) and id(grad) not in self.shared
                 dres = grad if own else self.own(node.output)
+            name, before = "batch_norm_backward", [grad]
+            if isinstance(found, Pending):  # the data gradient that makes grad, in the same call
+                name, before = "conv2d_input_grad_bn", [*found.arguments, grad]
             build.call(
-                "fastconv_plan::batch_norm_backward",
-                [grad, raw, out if from_output else None, residual if recompute else None, weight, bias, mean, invstd,
-                 node.act, dz, dres],
+                f"fastconv_plan::{name}",
+                [*before, raw, out if from_output else None, residual if recompute else None, weight, bias, mean,
+                 invstd, node.act, dz, dres],
                 [dweight, dbias],
             )  # fmt: skip
             self.gradient(bn.weight, dweight)

@@ -160,8 +160,8 @@ EDITS = [
     ("batch_norm.cuh", "if (p.pivoted) m.mean +=", "m.mean +="),
     ("batch_norm.cuh", "if (p.pivoted) m.mean += to_float(p.x[c]);", ""),
     ("batch_norm.cuh", "mean[j] += pivot[j];", ""),
-    ("batch_norm.cuh", "if (t.active) load_floats<N>(pivot, p.x + t.c);", ""),
-    ("batch_norm.cuh", "if (t.active) load_floats<N>(pivot, p.x + t.c);", "load_floats<N>(pivot, p.x + t.c);"),
+    ("batch_norm.cuh", "load_floats<N>(pivot, p.x + t.c);", ""),
+    ("batch_norm.cuh", "if (!t.active) return;\n  if (Split)", "if (Split)"),
     ("batch_norm.cuh", "merged.pivoted = part_rows == 0;", "merged.pivoted = true;"),
     ("batch_norm.cuh", "if (part_rows > 0) merged.shape.chunk_rows = part_rows;", ""),
     ("batch_norm.cuh", "fmaf(x[j] - mean[j], scale[j], bias[j])", "fmaf(x[j], scale[j], bias[j] - mean[j] * scale[j])"),
@@ -196,6 +196,14 @@ EDITS = [
     ("pool.cuh", "% 16 == 0 && reinterpret_cast<uintptr_t>(p.offsets) % kN == 0;", "% 16 == 0;"),
     ("pool.cuh", "p0 = max_int(floor_div(h + g.pad_h - g.r, g.stride_h) + 1, 0)", "p0 = 0"),
     ("pool.cuh", "min_int((h + g.pad_h) / g.stride_h + 1, g.p)", "(h + g.pad_h) / g.stride_h + 1"),
+    ("column_tile.cuh", "for (int i = 1; i < s.splits; ++i) {", "for (int i = 1; i < s.splits - 1; ++i) {"),
+    ("column_tile.cuh", "s.parts + i * s.elements + at", "s.parts + i * s.elements"),
+    ("column_tile.cuh", "if (s.addend) load_floats", "if (false) load_floats"),
+    ("column_tile.cuh", "x[j] + s.bias.template get<T>(c + j, 0.0f) + addend[j]", "x[j] + addend[j]"),
+    ("column_tile.cuh", "to_float(from_float<T>(x[j] + s.bias", "((float)(x[j] + s.bias"),
+    ("column_tile.cuh", "if (keep) store_floats<N>(s.into + at, x);", ""),
+    ("update.cuh", "s < t.splits; ++s", "s < t.splits - 1; ++s"),
+    ("update.cuh", "(t.splits == 1 || t.elements % kUpdateVector == 0)", "true"),
     ("update.cuh", "p.first_block[middle] <= block", "p.first_block[middle] < block"),
     ("update.cuh", "return t.live == kAllLive ||", "return true ||"),
     ("update.cuh", "at / t.inner % t.taps", "at % t.taps"),
@@ -268,7 +276,7 @@ EQUIVALENT = {
     "column_tile.cuh: int64_t most = ceil_div64(rows, min_rows); -> int64_t most = chunks;": (
         "saves work only: more and shorter chunks, merged all the same"
     ),
-    "batch_norm.cuh: if (t.active) load_floats<N>(pivot, p.x + t.c); -> load_floats<N>(pivot, p.x + t.c);": (
+    "batch_norm.cuh: if (!t.active) return; if (Split) -> if (Split)": (
         "two rows reach as far as any column's thread: the value read is not used"
     ),
     "batch_norm_backward.cuh: (p.training && p.dx) -> p.dx": "saves work only: the sums are not used in evaluation",

@@ -28,6 +28,7 @@
 
 #ifndef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __grid_constant__
 #define __grid_constant__
 #endif
 

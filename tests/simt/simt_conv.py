@@ -29,7 +29,7 @@ _SHAPE = [
     "dil_w",
     "groups",
 ]
-_INTS = ["dtype", "act", "pro_act", "tile", "splits", "tensor", "kind"]
+_INTS = ["dtype", "act", "pro_act", "tile", "splits", "tensor", "kind", "keep_parts"]
 
 
 class ConvCall(ctypes.Structure):

@@ -95,6 +95,20 @@ def test_act_backward_nan_as_pytorch():
         assert torch.equal(got, op(grad, saved, 0))
 
 
+class SplitCall(ctypes.Structure):
+    _fields_ = [(f, ctypes.c_void_p) for f in ("parts", "addend", "bias")]
+    _fields_ += [(f, ctypes.c_int) for f in ("splits", "bias_float")]
+
+
+def split_call(split) -> SplitCall:
+    """split: (parts [splits, rows, channels] fp32, addend or None, bias or None); None: no split sums."""
+    if split is None:
+        return SplitCall()
+    parts, addend, bias = split
+    is_float = bias is None or bias.dtype is torch.float32
+    return SplitCall(pointer(parts), pointer(addend), pointer(bias), len(parts), int(is_float))
+
+
 class NormCall(ctypes.Structure):
     _fields_ = [
         (f, ctypes.c_void_p)
@@ -118,7 +132,7 @@ class NormCall(ctypes.Structure):
         (f, ctypes.c_int)
         for f in ["dtype", "params_float", "running_float", "channels", "training", "act", "blocks", "min_rows"]
     ]
-    _fields_ += [("momentum", ctypes.c_float), ("eps", ctypes.c_float)]
+    _fields_ += [("momentum", ctypes.c_float), ("eps", ctypes.c_float), ("split", SplitCall)]
 
 
 def norm(
@@ -138,6 +152,7 @@ def norm(
     parts=None,
     blocks=8,
     min_rows=32,
+    split=None,
 ):
     rows, channels = x.shape
     y = torch.full_like(x, float("nan"))
@@ -162,6 +177,7 @@ def norm(
             )
         )
     )
+    call.split = split_call(split)
     call.rows, call.part_rows, call.dtype, call.channels = rows, parts[0] if parts else 0, DTYPES[x.dtype], channels
     typed = weight if weight is not None else bias
     call.params_float = int(typed is None or typed.dtype == torch.float32)
@@ -335,11 +351,15 @@ class NormBackwardCall(ctypes.Structure):
     _fields_ += [
         (f, ctypes.c_int) for f in ["dtype", "params_float", "channels", "training", "act", "blocks", "min_rows"]
     ]
+    _fields_ += [("split", SplitCall)]
 
 
-def norm_backward(dy, x, output, residual, weight, bias, mean, invstd, training, act, want=(1, 1, 1, 1), seed=0):
+def norm_backward(
+    dy, x, output, residual, weight, bias, mean, invstd, training, act, want=(1, 1, 1, 1), seed=0, split=None, dres=None
+):
     rows, channels = x.shape
-    dx, dres = (torch.full_like(x, float("nan")) if w else None for w in want[:2])
+    dx, fresh = (torch.full_like(x, float("nan")) if w else None for w in want[:2])
+    dres = fresh if dres is None else dres
     dweight, dbias = (
         torch.full((channels,), float("nan"), dtype=weight.dtype if weight is not None else torch.float32)
         if w
@@ -351,6 +371,7 @@ def norm_backward(dy, x, output, residual, weight, bias, mean, invstd, training,
         *(pointer(t) for t in (dy, x, output, residual, weight, bias, mean, invstd, dx, dres, dweight, dbias, *work))
     )
     call.rows, call.dtype, call.channels = rows, DTYPES[x.dtype], channels
+    call.split = split_call(split)
     call.params_float = int(weight is None or weight.dtype == torch.float32)
     call.training, call.act, call.blocks, call.min_rows = int(training), ACTIVATIONS.index(act), 8, 32
     library("norm").call("simt_batch_norm_backward", ctypes.byref(call), seed=seed)
@@ -408,3 +429,68 @@ def test_norm_schedules():
     first = norm(x, act="silu")
     for seed in range(1, 5):
         assert all(torch.equal(a, b) for a, b in zip(first, norm(x, act="silu", seed=seed), strict=True))
+
+
+SPLIT_SHAPES = [(2, 8, 1), (4, 512, 7), (16, 24, 2), (33, 13, 3), (256, 64, 4)]  # rows, channels, splits
+
+
+def split_of(rows, channels, splits, dtype, generator):
+    """Split sums, what is added to them, and the tensor that they stand for."""
+    parts = torch.randn(splits, rows, channels, generator=generator)
+    addend = torch.randn(rows, channels, generator=generator).to(dtype)
+    bias = torch.randn(channels, generator=generator)
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return parts, addend, bias, total
+
+
+@pytest.mark.parametrize("rows,channels,splits", SPLIT_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_batch_norm_of_split_sums(rows, channels, splits, dtype, seed):
+    """As of the tensor that the sums stand for, whose very bits are written on the way; sums of rows run in another
+    order, since blocks are narrower."""
+    generator = torch.Generator().manual_seed(rows)
+    parts, residual, bias, total = split_of(rows, channels, splits, dtype, generator)
+    weight = torch.randn(channels, generator=generator)
+    for extra in (None, bias, bias.to(dtype)):
+        x = total if extra is None else total + extra.float()
+        x = x.to(dtype)
+        running = [torch.zeros(channels), torch.ones(channels)]
+        options = {"residual": residual, "weight": weight, "seed": seed}
+        expected = [t.clone() for t in running]
+        want = norm(x, running_mean=expected[0], running_var=expected[1], **options)
+        written = torch.full_like(x, float("nan"))
+        got = norm(written, running_mean=running[0], running_var=running[1], split=(parts, None, extra), **options)
+        assert torch.equal(written, x)
+        for mine, theirs in zip((*got[:3], *running), (*want[:3], *expected), strict=True):
+            assert_close(mine, theirs, 2 * tolerance(mine.dtype), 1e-5)
+
+
+@pytest.mark.parametrize("rows,channels,splits", SPLIT_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
+def test_batch_norm_backward_of_split_sums(rows, channels, splits, dtype, act):
+    """dy as split sums, added to what lies where dy will be; for a ReLU the residual's gradient goes there too."""
+    generator = torch.Generator().manual_seed(rows + 1)
+    parts, addend, bias, total = split_of(rows, channels, splits, dtype, generator)
+    x, residual = (torch.randn(rows, channels, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(channels, generator=generator)
+    mean, invstd = x.float().mean(0), (x.float().var(0, unbiased=False) + 1e-5).rsqrt()
+    output = torch.randn(rows, channels, generator=generator).relu().to(dtype) if act == "relu" else None
+    dy = (total + addend.float()).to(dtype)
+    args = (x, output, residual, weight, bias, mean, invstd, True, act)
+    want = norm_backward(dy.clone(), *args, want=(1, act != "identity", 1, 1))
+    into = addend.clone()
+    in_place = {"dres": into, "want": (1, 0, 1, 1)} if act == "relu" else {"want": (1, act != "identity", 1, 1)}
+    got = norm_backward(into, *args, split=(parts, into, None), **in_place)
+    for i in (0, 2, 3):
+        assert_close(got[i], want[i], 2 * tolerance(got[i].dtype), 1e-4)
+    assert torch.equal(into, dy) if act == "identity" else torch.equal(got[1], want[1])
+
+
+def test_split_sums_need_few_rows():
+    parts, addend, _, _ = split_of(257, 8, 2, torch.float32, torch.Generator())
+    with pytest.raises(RuntimeError, match="split sums go with few rows"):
+        norm(addend, split=(parts, None, None))

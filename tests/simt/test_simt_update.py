@@ -22,6 +22,7 @@ class UpdateTensor(ctypes.Structure):
         ("live", ctypes.c_uint64),
         ("inner", ctypes.c_int),
         ("taps", ctypes.c_int),
+        ("splits", ctypes.c_int),
     ]
     _fields_ += [("grad_dtype", ctypes.c_int8), ("half_dtype", ctypes.c_int8), ("vec", ctypes.c_bool)]
 
@@ -58,6 +59,7 @@ def run(rule: str, problems: list[dict], seed: int = 0) -> None:
         entry.w, entry.g, entry.half = pointer(p["w"]), pointer(p["g"]), pointer(p["half"])
         entry.m = pointer(p["m"]) if rule != "plain" else None
         entry.v = pointer(p["v"]) if rule == "adam" else None
+        entry.splits = p.get("splits", 1)
         entry.elements, entry.live, entry.inner, entry.taps = p["w"].numel(), p["live"], p["inner"], p["taps"]
         entry.grad_dtype = DTYPES[p["g"].dtype]
         entry.half_dtype = 0 if p["half"] is None else DTYPES[p["half"].dtype]
@@ -78,7 +80,7 @@ def check(rule: str, problems: list[dict], seed: int = 0) -> None:
     before = [{k: v.clone() if torch.is_tensor(v) else v for k, v in p.items()} for p in problems]
     run(rule, problems, seed)
     for p, old in zip(problems, before, strict=True):
-        w, m, v = formula(rule, old["w"], old["m"], old["v"], old["g"])
+        w, m, v = formula(rule, old["w"], old["m"], old["v"], old["g"].view(p.get("splits", 1), -1).double().sum(0))
         index = torch.arange(p["w"].numel())
         tap = index // p["inner"] % p["taps"]
         live = torch.tensor([p["live"] >> t & 1 for t in range(p["taps"])], dtype=torch.bool)[tap]
@@ -111,6 +113,20 @@ def test_taps(inner, taps, live, grad):
     """Whole vectors of one tap, vectors that would cross into the next, and the highest tap."""
     generator = torch.Generator().manual_seed(1)
     check("momentum", [problem(8 * inner * taps, grad, torch.bfloat16, generator, live, inner, taps)])
+
+
+@pytest.mark.parametrize("splits", (2, 5))
+@pytest.mark.parametrize("count", (64, 1023, CHUNK + 8))
+def test_gradients_as_split_sums(count, splits):
+    """With sums that lie on 16 bytes and sums that do not, beside tensors without; taps too."""
+    generator = torch.Generator().manual_seed(count)
+    parts = problem(count, torch.float32, torch.bfloat16, generator)
+    parts |= {"g": guarded(torch.randn(splits * count, generator=generator)), "splits": splits}
+    masked = problem(36, torch.float32, None, generator, 0b101, 4, 3)
+    masked |= {"g": guarded(torch.randn(splits * 36, generator=generator)), "splits": splits}
+    # every tensor on 16 bytes, which the second sum of 1023 is not
+    aligned = {**parts, **{key: parts[key].clone() for key in ("w", "m", "v", "g")}, "half": None}
+    check("momentum", [problem(7, torch.bfloat16, None, generator), parts, masked, aligned])
 
 
 def test_more_tensors_than_a_table_holds():

@@ -31,7 +31,8 @@ struct BatchNormParams {
   float* save_invstd;                          // [channels] out
   float* part_mean;                            // [chunks, channels] in / out
   float* part_m2;
-  bool pivoted;  // part_mean is of x - x[0]; set by the launch
+  SplitSum<T> split;  // parts null: x is there; else x = split.into, for few rows only
+  bool pivoted;       // part_mean is of x - x[0]; set by the launch
   bool training;
   float momentum;  // negative: cumulative average
   float eps;
@@ -70,22 +71,32 @@ __device__ __forceinline__ void column_moments(float (&mean)[N], float (&m2)[N],
 
 // The channels' first values: moments are taken of x - pivot, for where the mean is large against the deviations a mean
 // in fp32 has no digits left for them.
-template <class T, int N>
+template <bool Split, class T, int N>
 __device__ __forceinline__ void load_pivot(float (&pivot)[N], const BatchNormParams<T>& p, const ColumnThread<N>& t) {
 #pragma unroll
   for (int j = 0; j < N; ++j) pivot[j] = 0.0f;
-  if (t.active) load_floats<N>(pivot, p.x + t.c);
+  if (!t.active) return;
+  if (Split) {
+    load_split<N>(pivot, p.split, t.c, t.c, false);
+  } else {
+    load_floats<N>(pivot, p.x + t.c);
+  }
 }
 
-template <class T, int N>
+template <bool Split, class T, int N>
 __device__ __forceinline__ float thread_moments(float (&mean)[N], float (&m2)[N], const float (&pivot)[N],
                                                 const BatchNormParams<T>& p, const ColumnThread<N>& t) {
 #pragma unroll
   for (int j = 0; j < N; ++j) mean[j] = m2[j] = 0.0f;
   float count = 0.0f;
   for (int64_t row = t.row; row < t.end; row += t.step) {
+    const int64_t at = row * p.shape.channels + t.c;
     float x[N];
-    load_floats<N>(x, p.x + row * p.shape.channels + t.c);
+    if (Split) {
+      load_split<N>(x, p.split, at, t.c, true);  // apply_rows reads it back, in the same thread
+    } else {
+      load_floats<N>(x, p.x + at);
+    }
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] -= pivot[j];
     count += 1.0f;
@@ -100,8 +111,8 @@ __global__ void __launch_bounds__(kColumnThreads) bn_stats_kernel(BatchNormParam
   ptx::pdl_wait();
   ColumnThread<N> t(p.shape);
   float mean[N], m2[N], pivot[N];
-  load_pivot<T, N>(pivot, p, t);
-  float count = thread_moments<T, N>(mean, m2, pivot, p, t);
+  load_pivot<false>(pivot, p, t);
+  float count = thread_moments<false>(mean, m2, pivot, p, t);
   int64_t first = blockIdx.y * p.shape.chunk_rows;
   int64_t rows = p.shape.rows - first < p.shape.chunk_rows ? p.shape.rows - first : p.shape.chunk_rows;
   column_moments<N>(mean, m2, count, static_cast<float>(rows), t, shared);
@@ -203,14 +214,14 @@ __global__ void __launch_bounds__(kColumnThreads) bn_apply_kernel(BatchNormParam
 }
 
 // Training in one launch: shape.chunk_rows = rows, so a block owns its channels.
-template <class T, int N>
+template <class T, int N, bool Split>
 __global__ void __launch_bounds__(kColumnThreads) bn_small_kernel(BatchNormParams<T> p) {
   SMEM_ARRAY(float, shared, kColumnThreads* N);
   ptx::pdl_wait();
   ColumnThread<N> t(p.shape);
   float mean[N], m2[N], invstd[N], pivot[N];
-  load_pivot<T, N>(pivot, p, t);
-  float count = thread_moments<T, N>(mean, m2, pivot, p, t);
+  load_pivot<Split>(pivot, p, t);
+  float count = thread_moments<Split>(mean, m2, pivot, p, t);
   column_moments<N>(mean, m2, count, static_cast<float>(p.shape.rows), t, shared);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -230,13 +241,9 @@ template <class T>
 bool batch_norm_vec(const BatchNormParams<T>& p, int channels) {
   uintptr_t bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.residual) |
                    reinterpret_cast<uintptr_t>(p.y) | reinterpret_cast<uintptr_t>(p.part_mean) |
-                   reinterpret_cast<uintptr_t>(p.part_m2);
+                   reinterpret_cast<uintptr_t>(p.part_m2) | reinterpret_cast<uintptr_t>(p.split.parts);
   return bits % 16 == 0 && channels % kVec16<T> == 0;
 }
-
-// One launch is best while a block's rows stay in L1 / L2 and the blocks still fill the machine about as well as chunks
-// would.
-constexpr int64_t kBatchNormSmallRows = 256;
 
 // part_rows > 0: part_mean and part_m2 hold [ceil(rows / part_rows), channels] moments from the convolution's epilogue.
 template <class T, int N>
@@ -245,9 +252,15 @@ Status run_batch_norm(BatchNormParams<T> p, int64_t part_rows, Stream stream) {
   if (p.training) {
     if (p.shape.rows < 2) return {"batch_norm: training needs more than one value per channel"};
     if (p.momentum < 0.0f && !p.batches_tracked) return {"batch_norm: a cumulative average needs num_batches_tracked"};
-    if (part_rows == 0 && p.shape.rows <= kBatchNormSmallRows && p.momentum >= 0.0f) {
+    const bool small = part_rows == 0 && p.shape.rows <= kBatchNormSmallRows && p.momentum >= 0.0f;
+    if (p.split.parts && !small) return {"batch_norm: split sums go with few rows and a momentum"};
+    if (small) {
       p.shape.chunk_rows = p.shape.rows;
-      return launch(bn_small_kernel<T, N>, column_grid<N>(p.shape), block, 0, stream, p);
+      if (p.split.parts) {
+        spread_columns<N>(p.shape);
+        return launch(bn_small_kernel<T, N, true>, column_grid<N>(p.shape), block, 0, stream, p);
+      }
+      return launch(bn_small_kernel<T, N, false>, column_grid<N>(p.shape), block, 0, stream, p);
     }
     Status status;
     if (part_rows == 0) {

@@ -32,6 +32,7 @@ struct BatchNormBackwardParams {
   float* part_gx;
   float* sum_g;  // [channels]
   float* sum_gx;
+  SplitSum<T> split;  // parts null: dy is there; else dy = split.into, for few rows only
   bool training;
   Activation act;
   ColumnShape shape;
@@ -49,10 +50,15 @@ struct BackwardChannels {  // what a thread keeps of its channels
       bias[j] = t.active ? p.bias.template get<T>(t.c + j, 0.0f) : 0.0f;
     }
   }
-  // g and xhat of one row
-  __device__ __forceinline__ void row(const BatchNormBackwardParams<T>& p, int64_t at, float (&g)[N],
-                                      float (&xhat)[N]) const {
-    load_floats<N>(g, p.dy + at);
+  // g and xhat of one row. Split: dy comes as split sums, and is written for the next time.
+  template <bool Split>
+  __device__ __forceinline__ void row(const BatchNormBackwardParams<T>& p, const ColumnThread<N>& t, int64_t at,
+                                      float (&g)[N], float (&xhat)[N]) const {
+    if (Split) {
+      load_split<N>(g, p.split, at, t.c, true);
+    } else {
+      load_floats<N>(g, p.dy + at);
+    }
     load_floats<N>(xhat, p.x + at);
 #pragma unroll
     for (int j = 0; j < N; ++j) xhat[j] = (xhat[j] - mean[j]) * invstd[j];
@@ -74,7 +80,7 @@ struct BackwardChannels {  // what a thread keeps of its channels
   }
 };
 
-template <class T, int N>
+template <bool Split, class T, int N>
 __device__ __forceinline__ void backward_sums(const BatchNormBackwardParams<T>& p, const ColumnThread<N>& t,
                                               const BackwardChannels<T, N>& k, float (&sum_g)[N], float (&sum_gx)[N]) {
 #pragma unroll
@@ -82,7 +88,7 @@ __device__ __forceinline__ void backward_sums(const BatchNormBackwardParams<T>& 
   for (int64_t row = t.row; row < t.end; row += t.step) {
     int64_t at = row * p.shape.channels + t.c;
     float g[N], xhat[N];
-    k.row(p, at, g, xhat);
+    k.template row<Split>(p, t, at, g, xhat);
     if (p.dresidual) store_floats<N>(p.dresidual + at, g);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -100,7 +106,7 @@ __device__ __forceinline__ void backward_dx(const BatchNormBackwardParams<T>& p,
   for (int64_t row = t.row; row < t.end; row += t.step) {
     int64_t at = row * p.shape.channels + t.c;
     float g[N], xhat[N];
-    k.row(p, at, g, xhat);
+    k.template row<false>(p, t, at, g, xhat);
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = k.weight[j] * k.invstd[j] * (g[j] - (sum_g[j] + xhat[j] * sum_gx[j]) * share);
     store_floats<N>(p.dx + at, g);
@@ -114,7 +120,7 @@ __global__ void __launch_bounds__(kColumnThreads) bn_backward_sums_kernel(BatchN
   ColumnThread<N> t(p.shape);
   BackwardChannels<T, N> k(p, t);
   float sum_g[N], sum_gx[N];
-  backward_sums<T, N>(p, t, k, sum_g, sum_gx);
+  backward_sums<false>(p, t, k, sum_g, sum_gx);
   column_sum<N>(sum_g, t, shared);
   column_sum<N>(sum_gx, t, shared);
   if (t.y == 0 && t.active) {
@@ -166,14 +172,14 @@ __global__ void __launch_bounds__(kColumnThreads) bn_backward_dx_kernel(BatchNor
 }
 
 // One launch: shape.chunk_rows = rows.
-template <class T, int N>
+template <class T, int N, bool Split>
 __global__ void __launch_bounds__(kColumnThreads) bn_backward_small_kernel(BatchNormBackwardParams<T> p) {
   SMEM_ARRAY(float, shared, kColumnThreads* N);
   ptx::pdl_wait();
   ColumnThread<N> t(p.shape);
   BackwardChannels<T, N> k(p, t);
   float sum_g[N], sum_gx[N];
-  backward_sums<T, N>(p, t, k, sum_g, sum_gx);
+  backward_sums<Split>(p, t, k, sum_g, sum_gx);
   column_sum<N>(sum_g, t, shared);
   column_sum<N>(sum_gx, t, shared);
   if (t.y == 0 && t.active) {
@@ -192,7 +198,8 @@ bool batch_norm_backward_vec(const BatchNormBackwardParams<T>& p, int channels) 
   for (const void* q :
        {static_cast<const void*>(p.dy), static_cast<const void*>(p.x), static_cast<const void*>(p.output),
         static_cast<const void*>(p.residual), static_cast<const void*>(p.dx), static_cast<const void*>(p.dresidual),
-        static_cast<const void*>(p.part_g), static_cast<const void*>(p.part_gx)})
+        static_cast<const void*>(p.part_g), static_cast<const void*>(p.part_gx),
+        static_cast<const void*>(p.split.parts), static_cast<const void*>(p.split.addend)})
     bits |= reinterpret_cast<uintptr_t>(q);
   return bits % 16 == 0 && channels % kVec16<T> == 0;
 }
@@ -204,8 +211,13 @@ Status run_batch_norm_backward(BatchNormBackwardParams<T> p, Stream stream) {
     return {"batch_norm_backward: this activation needs output"};
   if (p.shape.rows <= kBatchNormSmallRows) {
     p.shape.chunk_rows = p.shape.rows;
-    return launch(bn_backward_small_kernel<T, N>, column_grid<N>(p.shape), block, 0, stream, p);
+    if (p.split.parts) {
+      spread_columns<N>(p.shape);
+      return launch(bn_backward_small_kernel<T, N, true>, column_grid<N>(p.shape), block, 0, stream, p);
+    }
+    return launch(bn_backward_small_kernel<T, N, false>, column_grid<N>(p.shape), block, 0, stream, p);
   }
+  if (p.split.parts) return {"batch_norm_backward: split sums go with few rows"};
   // eval's dx needs no sums: the first pass then runs only for what else was asked
   bool sums = p.dweight.data || p.dbias.data || p.dresidual || (p.training && p.dx);
   if (sums) {

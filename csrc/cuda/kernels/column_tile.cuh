@@ -41,6 +41,13 @@ inline dim3 column_grid(const ColumnShape& s) {
   return dim3(ceil_div(s.channels, N << s.tx_log2), column_chunks(s));
 }
 
+// Fewer channels for a block, and more blocks: for kernels that read split sums, many bytes for each of few rows.
+// Four vectors side by side are still whole sectors of memory.
+template <int N>
+inline void spread_columns(ColumnShape& s) {
+  while (s.tx_log2 > 2 && ceil_div(s.channels, N << s.tx_log2) < 64) --s.tx_log2;
+}
+
 // One thread's part: channels [c, c + N) (none if !active), rows row, row + step, ... below end.
 template <int N>
 struct ColumnThread {
@@ -107,6 +114,37 @@ struct ChannelVectorOut {
     return ChannelVector{data, is_float}.template get<T>(c, 0.0f);
   }
 };
+
+// A [rows, channels] tensor that a convolution has left as split sums: sum_s parts[s] + bias + addend, added in the
+// order s = 0, 1, ... like conv_reduce.cuh, rounded to T as a tensor of its own would be.
+template <class T>
+struct SplitSum {
+  const float* parts = nullptr;  // [splits, rows, channels]; null: the tensor itself is there
+  const T* addend = nullptr;     // or null
+  T* into = nullptr;             // the tensor, written on the way; may be addend
+  ChannelVector bias;
+  int64_t elements = 0;  // rows * channels
+  int splits = 0;
+};
+
+// N channels from c, at element `at`. keep: into gets them.
+template <int N, class T>
+__device__ __forceinline__ void load_split(float (&x)[N], const SplitSum<T>& s, int64_t at, int c, bool keep) {
+  load_floats<N>(x, s.parts + at);
+  for (int i = 1; i < s.splits; ++i) {
+    float y[N];
+    load_floats<N>(y, s.parts + i * s.elements + at);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] += y[j];
+  }
+  float addend[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) addend[j] = 0.0f;
+  if (s.addend) load_floats<N>(addend, s.addend + at);
+#pragma unroll
+  for (int j = 0; j < N; ++j) x[j] = to_float(from_float<T>(x[j] + s.bias.template get<T>(c + j, 0.0f) + addend[j]));
+  if (keep) store_floats<N>(s.into + at, x);
+}
 
 // One channel's total over partial sums [chunks][channels]: 8 slices of the chunks per block of 32 channels, fixed
 // order.

@@ -21,6 +21,7 @@ struct ConvProblem {
   int tile;                  // index into kConvTiles
   int splits;                // 1 = none
   bool tensor;               // fp32 only: true = TF32 tensor cores, false = exact
+  bool keep_parts;  // splits > 1: the sums are left in epilogue.partial, and nothing of the epilogue is applied
 };
 
 // The exact fp32 kernels keep three of kConvTiles; others map to the next smaller one.
@@ -134,7 +135,7 @@ Status launch_conv_gemm(const ConvProblem<T>& problem, Stream stream) {
   } else {
     status = dispatch_conv_gemm<T, true, false>(problem, p, vec, stream);
   }
-  if (!status.ok() || p.splits == 1) return status;
+  if (!status.ok() || p.splits == 1 || problem.keep_parts) return status;
   int64_t elems = Dgrad ? static_cast<int64_t>(g.n) * g.h * g.w * g.c : static_cast<int64_t>(g.n) * g.p * g.q * g.k;
   return run_conv_reduce(problem.epilogue, p.splits, elems, out_channels, p.vec_out, stream);
 }
@@ -185,7 +186,7 @@ Status launch_conv_wgrad(const ConvProblem<T>& problem, Stream stream) {
   } else {
     status = dispatch_conv_wgrad<T, true>(problem.tile, p, vec_a, vec_b, stream);
   }
-  if (!status.ok() || p.splits == 1) return status;
+  if (!status.ok() || p.splits == 1 || problem.keep_parts) return status;
   return run_conv_reduce(problem.epilogue, p.splits, static_cast<int64_t>(g.k) * g.r * g.s * cg, g.r * g.s * cg,
                          p.vec_out, stream);
 }

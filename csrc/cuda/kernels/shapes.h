@@ -57,4 +57,9 @@ constexpr int loss_lanes(int64_t classes, bool apart) {
   return apart || classes <= 16 ? 1 : (classes <= 4096 ? 32 : kLossThreads);
 }
 
+// Rows of a batch norm up to which one block owns all rows of its channels, and one launch does everything: its rows
+// stay in L1 / L2, and its blocks still fill the machine about as well as chunks would. Such a batch norm can also take
+// a convolution's split sums, so the convolution may split its own and needs no statistics.
+constexpr int64_t kBatchNormSmallRows = 256;
+
 }  // namespace fastconv

@@ -38,6 +38,7 @@ struct UpdateTensor {
   int64_t elements;
   uint64_t live;  // kAllLive, or the taps to update
   int inner, taps;
+  int splits;                     // more than 1: g is the sum of so many fp32 tensors, one behind the other
   int8_t grad_dtype, half_dtype;  // 0 fp32, 1 fp16, 2 bf16
   bool vec;                       // accesses of kUpdateVector elements are aligned, and stay inside one tap
 };
@@ -85,6 +86,12 @@ __device__ __forceinline__ void update_elements(const UpdateTensor& t, const Upd
   float w[N], d[N], m[N], v[N];
   load_floats<N>(w, t.w + at);
   load_any<N>(d, t.g, t.grad_dtype, at);
+  for (int s = 1; s < t.splits; ++s) {  // as conv_reduce.cuh adds them
+    float more[N];
+    load_floats<N>(more, static_cast<const float*>(t.g) + s * t.elements + at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) d[i] += more[i];
+  }
   if (Rule != UpdateRule::kPlainSgd) load_floats<N>(m, t.m + at);
   if (Rule == UpdateRule::kAdam) {
     load_floats<N>(v, t.v + at);
@@ -162,7 +169,8 @@ Status launch_update(const double* hyper, const UpdateTensor* tensors, int count
           reinterpret_cast<uintptr_t>(t.w) | reinterpret_cast<uintptr_t>(t.m) | reinterpret_cast<uintptr_t>(t.v);
       const uintptr_t grad = reinterpret_cast<uintptr_t>(t.g) % (t.grad_dtype == 0 ? 16 : 8);
       t.vec = words % 16 == 0 && grad == 0 && reinterpret_cast<uintptr_t>(t.half) % 8 == 0 &&
-              (t.live == kAllLive || t.inner % kUpdateVector == 0);
+              (t.live == kAllLive || t.inner % kUpdateVector == 0) &&
+              (t.splits == 1 || t.elements % kUpdateVector == 0);
       const int64_t more = ceil_div64(t.elements, kUpdateChunk);
       if (blocks + more > 0x7fffffff) {
         if (p.count == 0) return {"update: more than 2^31 blocks for one tensor"};
