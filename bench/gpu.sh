@@ -143,9 +143,10 @@ part_train_fp32() {
   return $status
 }
 
-# The training step as a plan beside the eager path's and stock's, all in CUDA graphs.
+# Training step and inference as plans, beside the eager path's and stock's.
 part_plan() {
   "$PYTHON" bench/train_step.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 4 128 --quick &&
+    "$PYTHON" bench/inference.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 1 64 --quick &&
     "$PYTHON" bench/page.py "$out/bench_plan"
 }
 

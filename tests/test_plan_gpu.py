@@ -346,6 +346,25 @@ def test_after_a_replay_versions_have_moved(planner):
     assert plan.versions == [p._version for p, _ in plan.halves]
 
 
+def test_hyper_parameters_are_sent_to_the_device_when_they_change(planner):
+    """What the calls read lies apart from what the host writes, on a GPU; elsewhere as if it did."""
+    p = nn.Parameter(torch.zeros(3))
+    sgd = torch.optim.SGD([p], 0.1, momentum=0.9)
+    planned = PlannedOptimizer(sgd, [p], p.device)
+    if planner.name == "simt":
+        planned.hyper = [planned.hyper[0].clone()]
+    bound = planned.hyper[0]
+    assert bound is not planned.groups[0][2]
+    planned.prepare()
+    assert bound.tolist() == [0.1, 0.9, 0.0, 0.0]
+    version = bound._version
+    planned.prepare()
+    assert bound._version == version  # nothing to send
+    sgd.param_groups[0]["lr"] = 0.05
+    planned.prepare()
+    assert bound.tolist() == [0.05, 0.9, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("options", ({"fused": True}, {"capturable": True}), ids=("fused", "capturable"))
 def test_an_adam_that_counts_on_the_device_steps_by_itself(options, planner):
     if planner.name == "simt":

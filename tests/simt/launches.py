@@ -4,8 +4,8 @@
 
 The step runs on the CPU: fastconv's launches are counted by the emulator, with an H100's 132 multiprocessors (which
 decide where sums are split), PyTorch's own operators as one launch each, but for those that only make views or
-allocate (what fastconv's host code calls inside an operator is not seen), and for the optimizer: torch's fused SGD takes at most 48 tensors of three lists a launch on a GPU
-(MultiTensorApply.cuh).
+allocate (what fastconv's host code calls inside an operator is not seen), and for the optimizer: torch's fused SGD
+takes at most 48 tensors of three lists a launch on a GPU (MultiTensorApply.cuh).
 """
 
 from __future__ import annotations
