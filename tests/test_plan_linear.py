@@ -103,6 +103,9 @@ def test_inference(size, bias, dtype):
         stock = copy.deepcopy(model).to(dtype)(x.to(dtype))
     error, theirs = (out.double() - oracle).abs().max(), (stock.double() - oracle).abs().max()
     assert error <= 2 * theirs + 8 * torch.finfo(dtype).eps * oracle.abs().max(), (error, theirs)
+    if size == 7:
+        (plan,) = optimized._plans.values()  # the last layer has 5 outputs, and is multiplied as 32
+        assert "32x264x1x1" in "\n".join(plan.labels) and not any(c.startswith("aten::linear") for c in plan.labels)
     kept = out.clone()
     optimized(torch.randn_like(x))
     assert torch.equal(out, kept), "a result is the caller's"

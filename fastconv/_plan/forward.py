@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import Kernels
@@ -82,14 +83,19 @@ class Lowering:
         return self.build.buffer(value.shape, self.dtype)
 
     def pixelwise(self, node: Node, x: Any, filters: Tensor, packed: Tensor | None) -> tuple[Slot, Slot]:
-        """Emits a linear layer as a convolution; its input as pixels, and its output."""
+        """Emits a linear layer as a convolution; its input as pixels, and its output. Filters beyond the layer's own
+        outputs, if there are any, are left out of it."""
         build, bias = self.build, node.module.bias
-        pixels, out = as_pixel(build, x, node.inputs[0].shape), build.buffer((*node.output.shape, 1, 1), self.dtype)
-        shift = None if bias is None else bias.detach().float()
+        (batch, outputs), rows = node.output.shape, filters.shape[0]
+        pixels, out = as_pixel(build, x, node.inputs[0].shape), build.buffer((batch, rows, 1, 1), self.dtype)
+        shift = None if bias is None else bias.detach().float()  # the parameter's own memory, which a step changes
+        if shift is not None and rows > outputs:
+            shift = F.pad(shift, (0, rows - outputs))
         build.call(
             "fastconv_plan::conv2d", [pixels, filters, packed, None, None, shift, None, PIXEL, "identity", None, out]
         )
-        return pixels, build.returning("aten::reshape", [out, list(node.output.shape)])
+        own = out if rows == outputs else build.returning("aten::narrow", [out, 1, 0, outputs])
+        return pixels, build.returning("aten::reshape", [own, list(node.output.shape)])
 
     def _act(self, node: Node, x: Any) -> Any:
         op, options = ATEN_ACTIVATIONS[node.act]

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .flatten import Flattener
 from .forward import PIXEL, Lowering, as_filter, geometry, is_pixelwise, nhwc, nhwc_weight
 from .kernels import Kernels
 from .network import Node
+
+_PANEL = 32  # outputs that the convolution engine multiplies side by side
+
+
+def is_narrow(layer: nn.Linear) -> bool:
+    """Whether a linear layer with few outputs is lowered as a convolution with some more, of zeros: ResNet50's for 10
+    classes and one image takes ATen 58 us in bf16 and 19 in fp32, on 2 cores of an AMD EPYC."""
+    return layer.out_features < _PANEL and layer.in_features >= 256 and layer.weight.is_contiguous()
 
 
 class InferenceLowering(Lowering):
@@ -62,8 +71,9 @@ class InferenceLowering(Lowering):
 
     def _linear(self, node: Node, x: Any) -> Any:
         weight, bias = node.module.weight, node.module.bias
-        if is_pixelwise(node.module) and not self.kernels.gpu:
+        if not self.kernels.gpu and (is_pixelwise(node.module) or is_narrow(node.module)):
             filters = as_filter(self.weight(weight))
+            filters = F.pad(filters, (0, 0, 0, 0, 0, 0, 0, max(_PANEL - len(filters), 0)))
             example = torch.empty((*node.inputs[0].shape, 1, 1), dtype=self.dtype)
             packed = torch.ops.fastconv_plan.conv2d_pack(example, filters, PIXEL)
             return self.pixelwise(node, x, filters, packed)[1]
