@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <utility>
 
 #include "host/tensor.h"
 
@@ -34,7 +35,7 @@ class Program : public torch::CustomClassHolder {
     TORCH_CHECK(results.empty() || results.size() == op.schema().returns().size(), "Program: results of ", name,
                 " expected ", op.schema().returns().size(), " entries, got ", results.size());
     TORCH_CHECK(inputs.size() % 3 == 0, "Program: inputs expected triples, got ", inputs.size(), " integers");
-    Call c{op, {}, {}, results};
+    Call c{op, {}, {}, results, {}};
     for (size_t i = 0; i < wanted; ++i) {
       const c10::IValue v = arguments.get(i);
       // An empty list of Python has no element type: it comes as None.
@@ -62,6 +63,13 @@ class Program : public torch::CustomClassHolder {
 
   void put(int64_t slot, const at::Tensor& value) { slots_[at(slot)] = value; }
   at::Tensor get(int64_t slot) const { return slots_[at(slot)].toTensor(); }
+  // The same, and the slot is empty then.
+  at::Tensor take(int64_t slot) { return std::exchange(slots_[at(slot)], c10::IValue()).toTensor(); }
+  // Empties these slots behind a call, whenever it has run: their tensors' last reader.
+  void release(int64_t call, const std::vector<int64_t>& slots) {
+    TORCH_CHECK_INDEX(call >= 0 && call < size(), "Program: call expected below ", size(), ", got ", call);
+    for (const int64_t slot : slots) calls_[call].released.push_back(at(slot));
+  }
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
   void run() {
@@ -102,6 +110,12 @@ class Program : public torch::CustomClassHolder {
       for (size_t i = 0; i < c.results.size(); ++i) {
         if (c.results[i] >= 0) slots_[c.results[i]] = std::move(stack[i]);
       }
+      if (!c.released.empty()) {
+        for (const int64_t slot : c.released) slots_[slot] = c10::IValue();
+        for (const Input& in : c.inputs) {  // a bound list holds what it was given for this run
+          if (in.element >= 0) c.arguments[in.argument].toTensorList().set(in.element, at::Tensor());
+        }
+      }
       after(call);
     }
   }
@@ -113,7 +127,7 @@ class Program : public torch::CustomClassHolder {
     c10::OperatorHandle op;
     std::vector<c10::IValue> arguments;
     std::vector<Input> inputs;
-    std::vector<int64_t> results;
+    std::vector<int64_t> results, released;
   };
 
   static size_t check_slots(int64_t slots) {
@@ -138,6 +152,8 @@ TORCH_LIBRARY_FRAGMENT(fastconv, m) {
       .def("call", &Program::call)
       .def("put", &Program::put)
       .def("get", &Program::get)
+      .def("take", &Program::take)
+      .def("release", &Program::release)
       .def("size", &Program::size)
       .def("run", &Program::run)
       .def("times", &Program::times);

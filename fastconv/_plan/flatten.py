@@ -32,6 +32,7 @@ class Flattener:
         self.reads: list[tuple[nn.Module, str]] = []  # plain attributes that a forward without a fused plan reads
         self.overwritten: list[Value] = []  # by steps that work in place
         self._analysis: Analysis | None = None
+        self._stock = False  # whether the step at hand is PyTorch's own
 
     def network(self, shape: tuple[int, ...]) -> Network:
         entry = Value(shape)
@@ -65,6 +66,7 @@ class Flattener:
         if leaf is not None:
             if kwargs or len(args) != 1:
                 raise Refused(f"a {type(module).__name__} is called with {len(args)} arguments")
+            self._stock = True
             return leaf(self, module, args[0])
         if has_forward(module):
             return self.stock(module, args, kwargs)
@@ -108,6 +110,7 @@ class Flattener:
                 if step is None:
                     name = getattr(node.target, "__name__", node.target)
                     raise Refused(f"no step for {name}()")
+                self._stock = getattr(node.target, "__module__", "") != runtime.__name__
                 try:
                     env[node] = step(self, *a, **k)
                 except TypeError as error:
@@ -123,7 +126,7 @@ class Flattener:
             elif value is not None:
                 raise Refused(f"{op} reads a {type(value).__name__}")
         out = Value(tuple(shape))
-        self.nodes.append(Node(op, inputs, out, **fields))
+        self.nodes.append(Node(op, inputs, out, stock=self._stock, **fields))
         return out
 
     def note(self, *members: Any) -> None:
@@ -253,7 +256,7 @@ class Flattener:
     def mean(self, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
         if len(x.shape) != 4 or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
             raise Refused(f"mean() over dimensions {dim}")
-        out = self.pool("adaptive_avg_pool", x, output_size=(1, 1))
+        out = self.pool("adaptive_avg_pool", x, output_size=(1, 1), mean=True)  # mean: the function that it was
         return out if keepdim else self.reshape(out, *x.shape[:2])
 
     def linear(self, x: Value, module: nn.Linear) -> Value:

@@ -109,6 +109,18 @@ class Builder:
         self.call(op, arguments, [result])
         return result
 
+    def last_uses(self, kept: Slot) -> dict[int, list[int]]:
+        """Call -> the slots that no later call reads, but for ``kept``: to be emptied behind it."""
+        last: dict[int, int] = {}
+        for i, call in enumerate(self.calls):
+            parts = [part for value in call.arguments for part in (value if isinstance(value, list) else (value,))]
+            last.update((slot.index, i) for slot in (*parts, *call.results) if isinstance(slot, Slot))
+        found: dict[int, list[int]] = {}
+        for index, i in last.items():
+            if index != kept.index:
+                found.setdefault(i, []).append(index)
+        return found
+
     def labels(self) -> list[str]:
         """A name for each call: its operator, and the sizes of the static tensors that it takes."""
 

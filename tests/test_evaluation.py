@@ -1,0 +1,308 @@
+"""A fused model's evaluation without gradients: from the second call of a shape on as a program, with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastconv
+import fastconv.functional as FF
+from fastconv import _ext
+from fastconv._plan import evaluation
+
+if not _ext.HAS_EXT:
+    pytest.skip(_ext.EXT_REASON, allow_module_level=True)
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32, affine=False), nn.SiLU(),
+        nn.Conv2d(32, 48, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(48, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(4, 3, 8, 8))
+    return fastconv.fuse(model, inplace=True).eval()
+
+
+def programs(model: nn.Module) -> list:
+    found = evaluation.Programs.of(model).found.values()
+    return [p for p in found if isinstance(p, evaluation.EvaluationPlan)]
+
+
+def reason(model: nn.Module) -> str:
+    found = evaluation.Programs.of(model).found.values()
+    return " ".join(p.reason for p in found if isinstance(p, evaluation.Refusal))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list:
+    """The programs that ran, in order."""
+    seen, real = [], evaluation.EvaluationPlan.run
+    monkeypatch.setattr(evaluation.EvaluationPlan, "run", lambda plan, x: seen.append(plan) or real(plan, x))
+    return seen
+
+
+def eager(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The fused model's own path: an observer wants to see the groups run."""
+    from fastconv._fuse import runtime
+
+    runtime.OBSERVERS.append(lambda *seen: None)
+    try:
+        return model(x)
+    finally:
+        runtime.OBSERVERS.pop()
+
+
+MODELS = (
+    "resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "mobilenet_v2", "mobilenet_v3_small",
+    "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "efficientnet_b0",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_same_bits_as_the_eager_path(name, dtype, runs):
+    model = fastconv.fuse(torchvision.models.get_model(name, num_classes=7).eval().to(dtype), inplace=True)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 40, 40, dtype=dtype).contiguous(memory_format=layout)
+        outs = [model(x) for _ in range(3)]
+        expected = eager(model, x)
+        assert all(torch.equal(out, expected) for out in outs) and outs[-1].stride() == expected.stride()
+    assert len(programs(model)) == 1 and len(runs) == 5, reason(model)
+
+
+@torch.no_grad()
+def test_a_shape_gets_its_program_at_its_second_call_and_few_are_kept(runs):
+    model = net()
+    for size in range(1, 8):
+        model(torch.randn(size, 3, 8, 8))
+    assert not runs and not programs(model)
+    for size in (5, 6, 7, 5):
+        x = torch.randn(size, 3, 8, 8)
+        assert torch.equal(model(x), eager(model, x))
+    assert len(runs) == 4 and len(programs(model)) == 3
+    kept = evaluation.Programs.of(model).found
+    assert len(kept) <= evaluation._KEPT
+
+
+@torch.no_grad()
+def test_what_changes_counts_at_once(runs):
+    """In place, by another storage, by another parameter, by a loaded state, by another module, mode or hook."""
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    conv, norm = model[0], model[1]
+    seen = []
+
+    def check(used: bool, calls: int = 3) -> None:
+        for _ in range(calls):
+            model(x)
+        before = len(runs)
+        assert torch.equal(model(x), eager(model, x))
+        assert (len(runs) > before) == used, reason(model)
+
+    check(True)
+    last = model(x)
+    changes = [
+        lambda: conv.weight.mul_(1.5),
+        lambda: conv.weight.data.mul_(1.5),  # no version counts this
+        lambda: norm.running_mean.add_(0.3),
+        lambda: setattr(conv.weight, "data", conv.weight.data * 0.5),
+        lambda: setattr(norm, "bias", nn.Parameter(torch.ones(32))),
+        lambda: model.load_state_dict(net(3).state_dict()),
+        lambda: setattr(norm, "eps", 0.1),
+        lambda: model.__setitem__(2, nn.LeakyReLU()),
+        lambda: model[12].bias.zero_(),
+    ]
+    for i, change in enumerate(changes):
+        change()
+        now = model(x)
+        assert not torch.equal(now, last), i
+        assert torch.equal(now, eager(model, x)), i
+        last = now
+    evaluation.Programs.of(model).rebuilt = 0
+    check(True)
+    handle = model[7].register_forward_hook(lambda module, args, out: seen.append(out) or out * 2)
+    check(False, 20)
+    assert len(seen) == 22 and not torch.equal(model(x), last)
+    handle.remove()
+    check(True, 100)  # what kept a program away is looked at again, ever more seldom
+    model[1].train()
+    check(False)
+    assert "mode" in reason(model)
+
+
+@torch.no_grad()
+def test_a_model_that_keeps_changing_is_left_alone(runs):
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    for _ in range(3 * evaluation._REBUILT):
+        for _ in range(3):
+            assert torch.equal(model(x), eager(model, x))
+        model[0].weight = nn.Parameter(model[0].weight * 1.01)
+    before = len(runs)
+    for _ in range(4):
+        model(x)
+    assert len(runs) == before
+
+
+def test_with_gradients_it_is_the_eager_path(runs):
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x), model(x)
+    assert len(runs) == 1
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None and len(runs) == 1
+    with torch.inference_mode():
+        out = model(x)
+        assert out.is_inference() and len(runs) == 2
+    model.train()
+    with torch.no_grad():
+        model(x), model(x), model(x)
+    assert len(runs) == 2 and model[1].num_batches_tracked == 6
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_who_watches_sees_the_operators(runs):
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    out = model(x), model(x)
+    assert len(runs) == 1
+    with Seen() as seen:
+        assert torch.equal(model(x), out[0])
+    assert "fastconv::conv2d_bn_act" in seen.names
+    with torch.profiler.profile() as profile:
+        model(x)
+    assert any("FusedSequential" in e.key or "Sequential" in e.key for e in profile.key_averages())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype is torch.bfloat16
+    with fastconv.use_backend("aten"):
+        model(x)
+    with torch.device("cpu"):
+        model(x)
+    torch.func.vmap(lambda a: model(a[None])[0])(x)
+    assert torch.jit.trace(model, x, check_trace=False)(x).shape == (2, 5)
+    model(x.double()[:0].float())  # empty
+    assert len(runs) == 1
+    assert "conv+bn+relu" in str(fastconv.fusion_report(model, x))
+
+
+@torch.no_grad()
+def test_measurements_decide_where_there_are_some(runs, own_cache, monkeypatch):
+    """Under FASTCONV_TUNE=1 calls are measured, so they go one by one; a CPU's fixed order needs no look."""
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    for _ in range(3):
+        model(x)
+    assert not runs
+    monkeypatch.setenv("FASTCONV_TUNE", "")  # there are measurements now
+    for _ in range(3):
+        model(x)
+    assert not runs
+    monkeypatch.setenv("FASTCONV_TUNE", "0")
+    for _ in range(3):
+        model(x)
+    assert runs
+
+
+@torch.no_grad()
+def test_results_are_the_callers_and_activations_are_freed():
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    first = [model(x) for _ in range(3)][-1]
+    kept = first.clone()
+    model(torch.randn_like(x))
+    assert torch.equal(first, kept)
+    (plan,) = programs(model)
+    for slot in range(plan.slots):
+        with pytest.raises(RuntimeError):  # nothing is held between the calls
+            plan.program.get(slot)
+
+
+@torch.no_grad()
+def test_copies_pickles_and_the_models_end():
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    out = [model(x) for _ in range(2)][-1]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fastconv.fuse(model)):
+        assert torch.equal(twin(x), out) and torch.equal(twin(x), out)
+    stock = fastconv.unfuse(model)
+    torch.testing.assert_close(stock(x), out)
+    end = weakref.ref(programs(model)[0])
+    del model, twin
+    gc.collect()
+    assert end() is None
+
+
+@torch.no_grad()
+def test_threads_share_it():
+    model, xs = net(), [torch.randn(2, 3, 8, 8) for _ in range(4)]
+    expected = [eager(model, x) for x in xs]
+    model(xs[0])
+    wrong = []
+
+    def work(x, want):
+        for _ in range(50):
+            with torch.no_grad():
+                if not torch.equal(model(x), want):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(xs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and programs(model)
+
+
+@torch.no_grad()
+def test_errors_come_through_and_leave_it_usable():
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    out = [model(x) for _ in range(2)][-1]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="channels"):
+            model(torch.randn(2, 4, 8, 8))
+    assert torch.equal(model(x), out)
+
+
+@torch.no_grad()
+def test_a_part_of_a_model_has_programs_of_its_own(runs):
+    model = fastconv.fuse(torchvision.models.resnet18(num_classes=5).eval(), inplace=True)
+    x = torch.randn(1, 3, 32, 32)
+    model(x), model(x)
+    assert len(runs) == 1 and not programs(model.layer1)
+    maps = torch.randn(1, 64, 8, 8)
+    for _ in range(3):
+        model.layer1(maps)
+    assert len(runs) == 1 and "feature map" in reason(model.layer1)
+
+
+@torch.no_grad()
+def test_no_python_between_the_layers(monkeypatch):
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    model(x), model(x)
+
+    def never(*args, **kwargs):
+        raise AssertionError("called")
+
+    for name in ("conv2d_bn_act", "conv2d_bias_act", "max_pool2d", "adaptive_avg_pool2d"):
+        monkeypatch.setattr(FF, name, never)
+    model(x)
