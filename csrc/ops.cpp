@@ -10,6 +10,7 @@
 #include "build_id.h"
 #include "cpu/isa.h"
 #include "cuda_limit.h"
+#include "guard.h"
 #include "schemas.h"
 #include "signature.h"
 
@@ -80,5 +81,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTCONV_WITH_CUDA
   m.def("kernel_launches", &fastconv::kernel_launches, "Lines: kernel|threads per block|dynamic shared memory.");
 #endif
+  fastconv::define_guard(m);
   m.def("signature", &fastconv::signature, "What decides whether a call is right and which backend runs it, as bytes.");
 }

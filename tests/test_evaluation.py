@@ -306,3 +306,38 @@ def test_no_python_between_the_layers(monkeypatch):
     for name in ("conv2d_bn_act", "conv2d_bias_act", "max_pool2d", "adaptive_avg_pool2d"):
         monkeypatch.setattr(FF, name, never)
     model(x)
+
+
+def test_the_guard_tells_every_kind_of_change():
+    guard, missing = _ext.MODULE.Guard, _ext.MODULE.Guard
+    one, t = nn.Linear(2, 2), torch.zeros(3)
+    d = {"a": one, "b": 5}
+
+    def made(kept=[]):  # noqa: B006  (keeps the lists that the guard borrows from)
+        kept.append(([d, "a", one, d, "c", missing], [d, len(d)], [one, nn.Linear]))
+        return guard(*kept[-1], [t])
+
+    g = made()
+    assert g.holds()
+    d["c"] = 1
+    assert not g.holds() and not made().holds()  # it must be missing
+    del d["c"]
+    assert g.holds()
+    d["z"] = 2
+    assert not g.holds()
+    del d["z"]
+    d["a"] = nn.Linear(2, 2)
+    assert not g.holds()
+    d["a"] = one
+    assert g.holds()
+    one.__class__ = type("Other", (nn.Linear,), {})
+    assert not g.holds()
+    one.__class__ = nn.Linear
+    t.set_(torch.zeros(3))
+    assert not g.holds()
+    for wrong, error in (
+        (([1, "a", 1], [], [], []), TypeError), (([d, "a"], [], [], []), ValueError), (([], [], [], [3]), TypeError),
+        (([], [d], [], []), ValueError), (([], [], [1], []), ValueError),
+    ):  # fmt: skip
+        with pytest.raises(error, match="Guard"):
+            guard(*wrong)

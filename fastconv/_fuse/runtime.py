@@ -72,6 +72,9 @@ def _seen(module: nn.Module, inputs: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward, or its forward was replaced on the instance."""
     return bool(

@@ -25,7 +25,7 @@ from ..ops import current_backend
 from .flatten import Flattener
 from .forward import Lowering, geometry, nhwc
 from .kernels import Kernels
-from .network import Node, Refused, Value, same_state
+from .network import Node, Refused, Value, Watch
 from .program import Slot
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -140,13 +140,8 @@ class EvaluationPlan:
         self.program, self.slots = build.finish(), build.slots
         for call, slots in build.last_uses(self.exit).items():
             self.program.release(call, slots)
-        self.network, self.state = network, network.state()
-        self.tensors = lowering.tensors
-        self.pointers = [t.data_ptr() for t in self.tensors]
+        self.watch = Watch(network, lowering.tensors)
         self.lock = threading.Lock()  # the slots belong to one call at a time
-
-    def outdated(self) -> bool:
-        return [t.data_ptr() for t in self.tensors] != self.pointers or not same_state(self.network.state(), self.state)
 
     def run(self, x: Tensor) -> Tensor:
         self.program.put(self.entry.index, x)
@@ -197,7 +192,7 @@ class Programs:
         self.found.move_to_end(key)
         plan = self.found[key]
         if isinstance(plan, EvaluationPlan):
-            if not plan.outdated():
+            if not plan.watch.changed():
                 return plan
             self.rebuilt += 1
             self.found[key] = None  # the eager path brings its own plans up to date

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _ext
 from .._fuse.module import FusedMixin
-from .._fuse.runtime import has_hooks
+from .._fuse.runtime import HOOKS, has_hooks
 
 
 class Refused(Exception):
@@ -64,6 +66,66 @@ class Network:
             for name in READ.get(kind, ()):
                 found.append(getattr(m, name))
         return found
+
+
+class Watch:
+    """Whether a network's state, and the memory of some tensors, stay as they are now; asked before every run."""
+
+    def __init__(self, network: Network, tensors: Sequence[Tensor] = ()) -> None:
+        self.network, self.tensors = network, list(tensors)
+        self.pointers = [t.data_ptr() for t in self.tensors]
+        self._take()
+
+    def _take(self) -> None:
+        self.state = self.network.state()
+        found = _Objects()
+        for m in self.network.modules:
+            found.module(m)
+        for module, name in self.network.reads:
+            found.entry(module.__dict__, name)
+        self.kept = found  # the guard borrows its objects
+        self.guard = _ext.MODULE.Guard(found.entries, found.sizes, found.types, self.tensors)
+
+    def changed(self) -> bool:
+        if self.guard.holds():
+            return False
+        # Not the same objects, but maybe equal ones.
+        moved = [t.data_ptr() for t in self.tensors] != self.pointers
+        if moved or not same_state(self.network.state(), self.state):
+            return True
+        self._take()
+        return False
+
+
+class _Objects:
+    """What Network.state() looks at, as dicts, their keys and values: lists for the extension's Guard."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+        self.sizes: list[Any] = []
+        self.types: list[Any] = []
+
+    def entry(self, holder: dict[str, Any], name: str) -> None:
+        self.entries += (holder, name, holder.get(name, _ext.MODULE.Guard))
+
+    def module(self, m: nn.Module) -> None:
+        d = m.__dict__
+        self.types += (m, type(m))
+        for name in ("training", "forward"):
+            self.entry(d, name)
+        for name in HOOKS:
+            self.entry(d, name)
+            self.sizes += (d[name], len(d[name]))
+        if isinstance(m, FusedMixin):
+            self.entry(d, "_fastconv_plan")
+            return
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.entry(d, name)
+            self.sizes += (d[name], len(d[name]))
+            for key in d[name]:
+                self.entry(d[name], key)
+        for name in READ.get(type(m), ()):
+            self.entry(d, name)
 
 
 READ: dict[type, tuple[str, ...]] = {

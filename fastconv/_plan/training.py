@@ -16,7 +16,7 @@ from .conv_backward import TrainingLowering
 from .flatten import Flattener
 from .forward import nhwc
 from .kernels import Kernels
-from .network import Refused, same_state
+from .network import Refused, Watch
 from .optim import PlannedOptimizer
 
 _REDUCTION = {"mean": 1, "sum": 2}
@@ -67,7 +67,7 @@ class TrainingPlan:
         self.halves = list(lowering.halves.values())
         self.grads = list(lowering.grads.values())
         self.skips = lowering.skips
-        self.state = network.state()
+        self.watch = Watch(network)
         self.pointers = self._pointers()
         self.versions: list[int] = []
 
@@ -77,7 +77,7 @@ class TrainingPlan:
     def outdated(self) -> bool:
         """Whether the model or the optimizer is no longer what the program was made for."""
         return (
-            not same_state(self.network.state(), self.state)
+            self.watch.changed()
             or self._pointers() != self.pointers
             or (self.fused is not None and self.fused.outdated())
         )
