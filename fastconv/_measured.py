@@ -90,6 +90,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@functools.cache
 def cpu_model() -> str:
     try:
         with open("/proc/cpuinfo") as lines:

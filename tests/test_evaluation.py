@@ -283,6 +283,61 @@ def test_errors_come_through_and_leave_it_usable():
     assert torch.equal(model(x), out)
 
 
+class Head(nn.Module):
+    """A container with nothing to fuse in it, and a life of its own."""
+
+    calls: list = []  # noqa: RUF012
+    table: dict = {}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.last = nn.Linear(48, 5), None
+
+
+class Counts(Head):
+    def forward(self, x):
+        Head.calls.append(1)
+        return self.fc(x)
+
+
+class Keeps(Head):
+    def forward(self, x):
+        self.last = x
+        return self.fc(x)
+
+
+class Writes(Head):
+    def forward(self, x):
+        Head.table["rows"] = x.shape[0]
+        return self.fc(x)
+
+
+class Plain(Head):
+    def forward(self, x):
+        y = self.fc(x)
+        return y + y
+
+
+@pytest.mark.parametrize("kind", (Counts, Keeps, Writes, Plain))
+@torch.no_grad()
+def test_python_that_does_more_than_compute_runs(kind, runs):
+    model = fastconv.unfuse(net())
+    model[12] = kind()
+    model, x = fastconv.fuse(model).eval(), torch.randn(2, 3, 8, 8)
+    Head.calls.clear()
+    Head.table.clear()
+    for size in (1, 2, 2, 2, 2, 2):
+        before = len(Head.calls)
+        model(x[:size])
+        if kind is Counts:
+            assert len(Head.calls) > before
+        if kind is Keeps:
+            assert model[12].last.shape[0] == size
+        if kind is Writes:
+            assert Head.table["rows"] == size
+    assert bool(runs) == (kind is Plain), reason(model)
+
+
 @torch.no_grad()
 def test_a_part_of_a_model_has_programs_of_its_own(runs):
     model = fastconv.fuse(torchvision.models.resnet18(num_classes=5).eval(), inplace=True)

@@ -8,6 +8,7 @@ which tensors there are and where) is compared at every call. Anything unusual a
 
 from __future__ import annotations
 
+import dis
 import threading
 import weakref
 from collections import OrderedDict
@@ -123,9 +124,32 @@ class EvaluationLowering(Lowering):
         return super()._adaptive_avg_pool(node, x)
 
 
+class EvaluationFlattener(Flattener):
+    def stock(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A container that fuse() has left alone runs its own Python in the eager path, which may do more."""
+        if _has_effects(type(module).forward):
+            raise Refused(f"{type(module).__name__}.forward may do more than compute its result")
+        return super().stock(module, args, kwargs)
+
+
+def _has_effects(function: Any) -> bool:
+    """Whether a function's own code calls something for its effect, or stores elsewhere than in its local names."""
+    before = ""
+    for step in dis.get_instructions(function):
+        if step.opname == "POP_TOP" and before.startswith("CALL"):
+            return True
+        if step.opname.startswith(("STORE_", "DELETE_")) and not step.opname.startswith(("STORE_FAST", "DELETE_FAST")):
+            return True
+        before = step.opname
+    return False
+
+
 class EvaluationPlan:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        network = Flattener(model, False).network(tuple(x.shape))
+        network = EvaluationFlattener(model, False).network(tuple(x.shape))
+        for m in network.modules:
+            if m.__dict__.get("_fastconv_options", ("channels_last",))[0] != "channels_last":
+                raise Refused("the model was fused in its own layouts")
         if len(network.output.shape) == 4:
             raise Refused("the result is a feature map, whose layout is the eager path's")
         lowering = EvaluationLowering(x.dtype)
