@@ -19,11 +19,7 @@ void conv2d(const at::Tensor& input, const at::Tensor& weight, const OptTensor& 
             const OptTensor& scale, const OptTensor& shift, const OptTensor& residual, at::IntArrayRef geometry,
             c10::string_view act, const OptTensor& preact, const at::Tensor& output) {
   constexpr const char* op = "fastconv_plan::conv2d";
-  const ConvParams p = plan_conv_params(op, input, weight, geometry);
-  const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
-  check_output(op, "output", output, input, sizes);
-  check_nhwc_residual(op, residual, input, sizes);
-  if (given(preact)) check_output(op, "preact", *preact, input, sizes);
+  const ConvParams p = check_plan_conv2d(op, input, weight, residual, geometry, preact, output);
   ConvEpilogue e;
   const auto vector = [&](const char* name, const OptTensor& t, double fill) {
     check_channels(op, name, t, input, p.k);
@@ -59,9 +55,7 @@ at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::In
 void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, const OptTensor& addend,
                        at::IntArrayRef geometry, const at::Tensor& grad_input) {
   constexpr const char* op = "fastconv_plan::conv2d_input_grad";
-  const ConvParams p = plan_conv_params(op, grad_input, weight, geometry);
-  check_output(op, "grad_output", grad_output, grad_input, {p.n, p.k, p.p, p.q});
-  if (given(addend)) check_output(op, "addend", *addend, grad_input, grad_input.sizes());
+  const ConvParams p = check_plan_input_grad(op, grad_output, weight, addend, geometry, grad_input);
   conv_input_grad(p, grad_output, weight, or_none(addend), grad_input);
 }
 
@@ -124,12 +118,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm(const at::Tensor& input, const Opt
                                               const OptTensor& num_batches_tracked, std::optional<double> momentum,
                                               double eps, c10::string_view act, const at::Tensor& output) {
   constexpr const char* op = "fastconv_plan::batch_norm";
-  check_float(op, "input", input);
-  check_nhwc(op, "input", input);
-  check_output(op, "output", output, input, input.sizes());
-  check_nhwc_residual(op, residual, input, input.sizes());
   const BatchNormArgs args{weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps};
-  check_batch_norm(op, input.sizes(), input, args);
+  check_plan_batch_norm(op, input, residual, args, output);
   BatchNormStats stats = batch_norm_forward(input, or_none(residual), output, args, plan_act(op, act));
   return {stats.mean, stats.invstd};
 }
@@ -142,13 +132,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_into(const at::Tensor& gr
                                                             c10::string_view act, const at::Tensor& grad_input,
                                                             const OptTensor& grad_residual) {
   constexpr const char* op = "fastconv_plan::batch_norm_backward";
-  const BatchNormSaved saved =
-      check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean, invstd, act,
-                                {true, given(grad_residual), given(weight), given(bias)});
-  check_nhwc(op, "grad_output", grad_output);
-  check_nhwc(op, "input", input);
-  check_output(op, "grad_input", grad_input, input, input.sizes());
-  if (given(grad_residual)) check_output(op, "grad_residual", *grad_residual, input, input.sizes());
+  const BatchNormSaved saved = check_plan_batch_norm_backward(op, grad_output, input, output, residual, weight, bias,
+                                                              mean, invstd, act, grad_input, grad_residual);
   const at::Tensor none;
   return batch_norm_backward(grad_output, input, saved.from_output ? *output : none,
                              saved.recompute ? or_none(residual) : none, weight, bias, mean, invstd, true, saved.act,

@@ -20,11 +20,7 @@ void conv2d(const at::Tensor& input, const at::Tensor& weight, const OptTensor& 
             c10::string_view act, const OptTensor& preact, const at::Tensor& output) {
   constexpr const char* op = "fastconv_plan::conv2d";
   const PlainDispatch guard;
-  const ConvParams p = plan_conv_params(op, input, weight, geometry);
-  const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
-  check_output(op, "output", output, input, sizes);
-  check_nhwc_residual(op, residual, input, sizes);
-  if (given(preact)) check_output(op, "preact", *preact, input, sizes);
+  const ConvParams p = check_plan_conv2d(op, input, weight, residual, geometry, preact, output);
   TORCH_CHECK(!given(packed), op, ": packed expected None on this device, got a tensor of size ", packed->sizes());
   TORCH_CHECK(!given(mean), op, ": mean expected None on this device (a part of shift), got a tensor");
   const auto vector = [&](const char* name, const OptTensor& t) {
@@ -75,13 +71,8 @@ class Norm {
        const OptTensor& residual, const OptTensor& weight, const OptTensor& bias, const at::Tensor& mean,
        const at::Tensor& invstd, c10::string_view act, const at::Tensor& grad_input, const OptTensor& grad_residual)
       : op_(op), dy_(grad_output), x_(input), weight_(weight), bias_(bias), mean_(mean), invstd_(invstd) {
-    const BatchNormSaved saved =
-        check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean, invstd, act,
-                                  {true, given(grad_residual), given(weight), given(bias)});
-    check_nhwc(op, "grad_output", grad_output);
-    check_nhwc(op, "input", input);
-    check_output(op, "grad_input", grad_input, input, input.sizes());
-    if (given(grad_residual)) check_output(op, "grad_residual", *grad_residual, input, input.sizes());
+    const BatchNormSaved saved = check_plan_batch_norm_backward(op, grad_output, input, output, residual, weight, bias,
+                                                                mean, invstd, act, grad_input, grad_residual);
     act_ = saved.act;
     if (saved.from_output) output_ = nhwc(*output);
     if (saved.recompute && given(residual)) residual_ = nhwc(*residual);
@@ -113,9 +104,7 @@ void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, 
                        at::IntArrayRef geometry, const at::Tensor& grad_input) {
   constexpr const char* op = "fastconv_plan::conv2d_input_grad";
   const PlainDispatch guard;
-  const ConvParams p = plan_conv_params(op, grad_input, weight, geometry);
-  check_output(op, "grad_output", grad_output, grad_input, {p.n, p.k, p.p, p.q});
-  if (given(addend)) check_output(op, "addend", *addend, grad_input, grad_input.sizes());
+  const ConvParams p = check_plan_input_grad(op, grad_output, weight, addend, geometry, grad_input);
   conv_input_grad(op, Device(grad_output), p, grad_output, weight, or_none(addend), grad_input);
 }
 
@@ -126,9 +115,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_input_grad_bn(
     c10::string_view act, const at::Tensor& grad_input, const OptTensor& grad_residual) {
   constexpr const char* op = "fastconv_plan::conv2d_input_grad_bn";
   const PlainDispatch guard;
-  const ConvParams p = plan_conv_params(op, grad, weight, geometry);
-  check_output(op, "grad_output", grad_output, grad, {p.n, p.k, p.p, p.q});
-  if (given(addend)) check_output(op, "addend", *addend, grad, grad.sizes());
+  const ConvParams p = check_plan_input_grad(op, grad_output, weight, addend, geometry, grad);
   const Norm norm(op, grad, input, output, residual, bn_weight, bn_bias, mean, invstd, act, grad_input, grad_residual);
   const bool takes = p.n * p.h * p.w <= kBatchNormSmallRows;
   const ConvRest rest = conv_input_grad(op, Device(grad_output), p, grad_output, weight, or_none(addend), grad, takes);
@@ -219,12 +206,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm(const at::Tensor& input, const Opt
                                               double eps, c10::string_view act, const at::Tensor& output) {
   constexpr const char* op = "fastconv_plan::batch_norm";
   const PlainDispatch guard;
-  check_float(op, "input", input);
-  check_nhwc(op, "input", input);
-  check_output(op, "output", output, input, input.sizes());
-  check_nhwc_residual(op, residual, input, input.sizes());
   const BatchNormArgs args{weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps};
-  check_batch_norm(op, input.sizes(), input, args);
+  check_plan_batch_norm(op, input, residual, args, output);
   BatchNormStats stats =
       batch_norm_forward(op, Device(input), input, or_none(residual), output, args, plan_act(op, act), {});
   return {stats.mean, stats.invstd};

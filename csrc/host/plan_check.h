@@ -2,6 +2,9 @@
 // stride, padding, dilation (h and w of each) and groups.
 #pragma once
 
+#include <array>
+
+#include "batch_norm_check.h"
 #include "conv2d_check.h"
 
 namespace fastconv {
@@ -39,6 +42,55 @@ inline void check_nhwc_residual(const char* op, const OptTensor& residual, const
                                 at::IntArrayRef size) {
   check_residual(op, residual, like, size);
   if (given(residual)) check_nhwc(op, "residual", *residual);
+}
+
+// Of fastconv_plan::conv2d.
+inline ConvParams check_plan_conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                                    const OptTensor& residual, at::IntArrayRef geometry, const OptTensor& preact,
+                                    const at::Tensor& output) {
+  const ConvParams p = plan_conv_params(op, input, weight, geometry);
+  const std::array<int64_t, 4> sizes{p.n, p.k, p.p, p.q};
+  check_output(op, "output", output, input, sizes);
+  check_nhwc_residual(op, residual, input, sizes);
+  if (given(preact)) check_output(op, "preact", *preact, input, sizes);
+  return p;
+}
+
+// Of fastconv_plan::conv2d_input_grad.
+inline ConvParams check_plan_input_grad(const char* op, const at::Tensor& grad_output, const at::Tensor& weight,
+                                        const OptTensor& addend, at::IntArrayRef geometry,
+                                        const at::Tensor& grad_input) {
+  const ConvParams p = plan_conv_params(op, grad_input, weight, geometry);
+  check_output(op, "grad_output", grad_output, grad_input, {p.n, p.k, p.p, p.q});
+  if (given(addend)) check_output(op, "addend", *addend, grad_input, grad_input.sizes());
+  return p;
+}
+
+// Of fastconv_plan::batch_norm.
+inline void check_plan_batch_norm(const char* op, const at::Tensor& input, const OptTensor& residual,
+                                  const BatchNormArgs& args, const at::Tensor& output) {
+  check_float(op, "input", input);
+  check_nhwc(op, "input", input);
+  check_output(op, "output", output, input, input.sizes());
+  check_nhwc_residual(op, residual, input, input.sizes());
+  check_batch_norm(op, input.sizes(), input, args);
+}
+
+// Of fastconv_plan::batch_norm_backward.
+inline BatchNormSaved check_plan_batch_norm_backward(const char* op, const at::Tensor& grad_output,
+                                                     const at::Tensor& input, const OptTensor& output,
+                                                     const OptTensor& residual, const OptTensor& weight,
+                                                     const OptTensor& bias, const at::Tensor& mean,
+                                                     const at::Tensor& invstd, c10::string_view act,
+                                                     const at::Tensor& grad_input, const OptTensor& grad_residual) {
+  const BatchNormSaved saved =
+      check_batch_norm_backward(op, grad_output, input, output, residual, weight, bias, mean, invstd, act,
+                                {true, given(grad_residual), given(weight), given(bias)});
+  check_nhwc(op, "grad_output", grad_output);
+  check_nhwc(op, "input", input);
+  check_output(op, "grad_input", grad_input, input, input.sizes());
+  if (given(grad_residual)) check_output(op, "grad_residual", *grad_residual, input, input.sizes());
+  return saved;
 }
 
 inline ConvParams plan_weight_grad_params(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
