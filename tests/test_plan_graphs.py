@@ -1,0 +1,157 @@
+"""Plans in CUDA graphs, without a GPU: what the host does around capture and replay, over a graph that replays calls.
+
+The stand-in runs nothing while it captures and runs the plan's calls at every replay, as a CUDA graph does with their
+kernels; the calls themselves are the emulator's. Streams, events and memory pools do nothing here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_plan_gpu import small_net
+from torch import nn
+
+import fastconv
+from fastconv import _ext, train
+from fastconv._plan.inference import GraphedPlan, InferencePlan
+from fastconv._plan.kernels import kernels
+from fastconv._plan.training import TrainingPlan
+
+if not _ext.HAS_EXT:
+    pytest.skip(_ext.EXT_REASON, allow_module_level=True)
+
+pytestmark = pytest.mark.parametrize("planner", ("simt",), indirect=True)
+
+
+class Graph:
+    """A CUDA graph's part in a program: what was called inside ``torch.cuda.graph`` runs at replay()."""
+
+    capturing: Graph | None = None
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+
+    def replay(self):
+        self.replays += 1
+        for call in self.calls:
+            call()
+
+
+@contextlib.contextmanager
+def capture(graph, pool=None, stream=None):
+    assert Graph.capturing is None
+    Graph.capturing = graph
+    try:
+        yield
+    finally:
+        Graph.capturing = None
+
+
+def captured(real):
+    """The method, run at replay where it is called in a capture; its result then is a tensor that replays fill."""
+
+    def method(self, *args):
+        graph = Graph.capturing
+        if graph is None:
+            return real(self, *args)
+        out = []
+
+        def call():
+            result = real(self, *args)
+            out[0].set_(result.clone()) if out[0].numel() == 0 else out[0].copy_(result)
+
+        out.append(torch.empty(0))
+        graph.calls.append(call)
+        return out[0]
+
+    return method
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    nothing = types.SimpleNamespace(
+        wait_stream=lambda s: None, wait_event=lambda e: None, record=lambda s=None: None, record_event=lambda: None
+    )
+    for name, value in {
+        "Stream": lambda *a, **k: nothing, "Event": lambda *a, **k: nothing, "current_stream": lambda *a: nothing,
+        "stream": lambda s: contextlib.nullcontext(), "graph_pool_handle": lambda: None, "CUDAGraph": Graph,
+        "graph": capture, "is_current_stream_capturing": lambda: False,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(TrainingPlan, "launch", captured(TrainingPlan.launch))
+    monkeypatch.setattr(InferencePlan, "run", captured(InferencePlan.run))
+
+
+def step_of(model: nn.Module, graphs: bool, **options) -> fastconv.TrainStep:
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    step = fastconv.TrainStep(model, F.cross_entropy, sgd, plan=True, **options)
+    if graphs:
+        step._graphs = train._StepGraphs(step, required=True)
+    return step
+
+
+def batch(size: int = 2):
+    return torch.randn(size, 3, 8, 8), torch.randint(5, (size,))
+
+
+@pytest.mark.parametrize("options", ({}, {"keep_grads": True}, {"autocast_dtype": torch.bfloat16}), ids=str)
+def test_replays_train_as_the_plan_does(options, gpu, planner):
+    """A scheduler, weights written by hand, a second shape and a replaced layer on the way: all of them count."""
+    models = [fastconv.fuse(small_net(), inplace=True) for _ in range(2)]
+    steps = [step_of(m, graphs, **options) for m, graphs in zip(models, (True, False), strict=True)]
+    schedules = [torch.optim.lr_scheduler.StepLR(s.optimizer, 2, 0.5) for s in steps]
+
+    def both(size: int = 2) -> None:
+        pair = batch(size)
+        losses = [step(*pair) for step in steps]
+        assert torch.equal(*losses), losses
+        for schedule in schedules:
+            schedule.step()
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            assert torch.equal(p, q) and (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.equal(p.grad, q.grad)
+
+    for _ in range(6):
+        both()
+    graphs = steps[0]._graphs
+    assert steps[0].captured == 1 and next(iter(graphs.cache.values())).graph.replays == 3
+    with torch.no_grad():
+        for m in models:
+            m[0].weight.mul_(0.5)
+    both()
+    for size in (3, 2, 3, 2):  # each shape has 16-bit weights of its own
+        both(size)
+    assert steps[0].captured == 2
+    before = list(graphs.cache.values())
+    for m in models:
+        m[2] = nn.SiLU()
+    both()
+    both()
+    assert not set(map(id, graphs.cache.values())) & {id(before[0])} and graphs.recaptures == 0
+
+
+def test_a_step_that_no_plan_holds_is_refused_or_captured_as_it_is(gpu, planner):
+    model = fastconv.fuse(small_net(), inplace=True)
+    step = step_of(model, True)
+    step.loss_fn = nn.MultiMarginLoss()
+    with pytest.raises(RuntimeError, match="plan=True expected"):
+        step(*batch())
+
+
+@torch.no_grad()
+def test_inference_replays_and_keeps_its_results_apart(gpu, planner):
+    model = fastconv.fuse(small_net().eval(), inplace=True)
+    plan = InferencePlan(model, (2, 3, 8, 8), torch.float32, kernels(torch.device("cpu")))
+    first = batch()[0]
+    graphed = GraphedPlan(plan, first)
+    inputs = [batch()[0] for _ in range(3)]
+    outs = [graphed.run(x) for x in inputs]
+    stock = fastconv.unfuse(copy.deepcopy(model))
+    for x, out in zip(inputs, outs, strict=True):
+        torch.testing.assert_close(out, stock(x), rtol=1e-4, atol=1e-5)
+    assert graphed.graph.replays == 3
