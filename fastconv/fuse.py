@@ -56,6 +56,11 @@ def fuse(
     same. True: every such group. "auto": those whose result nothing in sight keeps anyway. No effect in evaluation,
     under torch.compile and where stock PyTorch runs the group.
 
+    On a CPU, in evaluation mode and without gradients, a fused module with one 4-d float32 or bfloat16 input and a
+    result that is no feature map runs from the second call with an input shape on as one program of the operators that
+    it would call, on the live weights: the same bits, without Python between the layers. Whatever a program cannot
+    follow (hooks, a profiler, autocast, forwards with effects of their own) runs as before.
+
     Raises TypeError if model is no module, ValueError on another memory_format or defer_bn.
 
     >>> model = fastconv.fuse(torchvision.models.resnet18())

@@ -59,7 +59,7 @@ class EvaluationLowering(Lowering):
 
     def lower(self, node: Node) -> None:
         # PyTorch's own layers round by layout: theirs is channels_last behind a group, and unknown elsewhere.
-        known = all(v in self.channels_last for v in node.inputs)
+        known = all(v in self.channels_last and not v.relaid for v in node.inputs)
         if node.stock and node.op in ("conv", "norm") and not known:
             raise Refused(f"PyTorch's own {node.op} runs before the first group, in a layout that is the eager path's")
         super().lower(node)

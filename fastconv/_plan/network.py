@@ -20,10 +20,12 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Value:
-    """A tensor of the network: its shape, and how many nodes read it."""
+    """A tensor of the network: its shape, how many nodes read it, and whether the model asks for another layout of it
+    somewhere."""
 
     shape: tuple[int, ...]
     readers: int = 0
+    relaid: bool = False
 
 
 @dataclass(eq=False)

@@ -81,6 +81,8 @@ def _activations() -> dict[Any, Callable[..., Any]]:
 
 
 def _alias(f: Flattener, x: Any, *_: Any) -> Any:
+    if isinstance(x, Value):
+        x.relaid = True
     return x  # layout alone: values are channels_last throughout
 
 
@@ -94,8 +96,9 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     runtime.avg_pool2d: _avg_pool, F.avg_pool2d: _avg_pool,
     runtime.adaptive_avg_pool2d: _adaptive_pool,
     F.adaptive_avg_pool2d: _adaptive_pool,
-    runtime.channels_last: _alias, runtime.contiguous: _alias, runtime.give_back: _alias,
-    runtime.came_contiguous: lambda f, *values: False,
+    runtime.channels_last: lambda f, x, *_: x, runtime.contiguous: _alias,
+    # Inner containers are given channels_last; the outermost one's result is the plan's.
+    runtime.came_contiguous: lambda f, *values: False, runtime.give_back: lambda f, x, *_: x,
     runtime.drop: lambda f, x, module: f.call(module, (x,), {}),
     runtime.dropout: lambda f, input, p=0.5, training=True, inplace=False: f.dropout(input, p, training, inplace),
     F.dropout: lambda f, input, p=0.5, training=True, inplace=False: f.dropout(input, p, training, inplace),

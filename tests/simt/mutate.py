@@ -253,12 +253,6 @@ EDITS = [
 
 # fault -> why no test can see it
 EQUIVALENT = {
-    "conv_depthwise.cuh: vec = vec && reinterpret_cast<uintptr_t>(q) % 16 == 0; -> ;": (
-        "x86 reads and writes anywhere; alignment is what sanitize.py asan checks"
-    ),
-    "act_backward.cuh: bits % 16 == 0 && channels -> channels": (
-        "x86 reads and writes anywhere; alignment is what sanitize.py asan checks"
-    ),
     "cross_entropy.cuh: s.stride_d % kVec16<T> == 0 && address_bits % 16 == 0; -> s.stride_d % kVec16<T> == 0;": (
         "x86 reads and writes anywhere; alignment is what sanitize.py asan checks"
     ),
@@ -283,9 +277,6 @@ EQUIVALENT = {
     "cross_entropy.cuh: if (thread != 0) return; -> nothing": "every thread writes the same values",
     "cross_entropy.cuh: s.classes % kVec16<T> == 0 && s.stride_n -> s.stride_n": (
         "the stride of rows that lie in one piece is the number of classes"
-    ),
-    "pool.cuh: % 16 == 0 && reinterpret_cast<uintptr_t>(p.offsets) % kN == 0; -> % 16 == 0;": (
-        "x86 reads and writes anywhere; alignment is what sanitize.py asan checks"
     ),
     "act_backward.cuh: if (c < channels) -> if (true)": "reads sums of other chunks, which are then not stored",
     "cross_entropy.cuh: const int classes = real ? s.classes : 0; -> const int classes = s.classes;": (
