@@ -74,9 +74,8 @@ def competitors(
         found[compiled_name(mode, "nhwc")] = stepper(stock, last, y, dtype, torch.compile(stock, mode=mode))
     found["fastconv fuse"] = stepper(fastconv.fuse(own(), inplace=True), last, y, dtype)
     # On a GPU the eager path's operators in a CUDA graph, each on its fastest measured backend, and the plan.
-    for name, plan in (("fastconv TrainStep", device.type == "cpu"), ("fastconv TrainStep, plan", True)):
-        if device.type == "cpu" and name != "fastconv TrainStep":
-            continue  # a CPU's step is the plan
+    gpu = {"fastconv TrainStep": False, "fastconv TrainStep, plan": True}
+    for name, plan in ({"fastconv TrainStep": True} if device.type == "cpu" else gpu).items():
         ours = fastconv.fuse(own(), inplace=True)
         step = fastconv.TrainStep(ours, F.cross_entropy, optimizer_of(ours), autocast_dtype=half, plan=plan)
         found[name] = functools.partial(step, last, y)

@@ -131,9 +131,6 @@ class TrainStep:
         """The step without a CUDA graph."""
         return self.eager(x, y) if plan is None else self._plans.run(plan, x, y)
 
-    def ran(self, plan: TrainingPlan) -> None:
-        self._plans.ran(plan)
-
     def eager(self, x: Tensor, y: Tensor) -> Tensor:
         """The step as a loop would make it, without graph or plan."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -250,7 +247,7 @@ class _Captured:
             self.plan.before()
             self.graph.replay()
             self.plan.after(replayed=True)  # an optimizer that is not the plan's own steps here, outside the graph
-            self.step.ran(self.plan)
+            self.step._plans.ran(self.plan)
             return self.loss.clone()
         self.graph.replay()
         for p, grad in self.grads:

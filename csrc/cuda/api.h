@@ -111,17 +111,7 @@ std::string cross_entropy_backward(const LossCall& call, LaunchStream stream);
 
 // Optimizer steps (kernels/update.cuh). All of one rule: adam (momentum and variance), SGD with momentum, or plain SGD.
 struct UpdateCall {
-  struct Tensor {
-    float *weight, *momentum, *variance;  // variance: Adam's; null where the rule has none
-    void* half;                           // the new weights in half_dtype; null: not wanted
-    const void* grad;
-    int64_t elements;
-    uint64_t live;    // bit t: tap t of [k, taps, inner] is updated
-    int inner, taps;  // 1 where all are
-    int splits;       // grad is the sum of so many, one behind the other
-    int grad_dtype, half_dtype;
-  };
-  std::vector<Tensor> tensors;
+  std::vector<UpdateTensor> tensors;
   const double* hyper;  // device memory
   bool adam, momentum;
 };

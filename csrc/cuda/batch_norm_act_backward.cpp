@@ -8,8 +8,9 @@
 namespace fastconv::cuda {
 
 at::ScalarType bn_vectors(const at::Tensor& x, const OptTensor& weight, const OptTensor& bias) {
-  at::Tensor w = vector_or_none(weight), b = vector_or_none(bias);
-  return same_precision(w, b, x.scalar_type()) ? at::kFloat : x.scalar_type();
+  // As same_precision() decides, without its copies.
+  const auto own = [&](const OptTensor& t) { return !given(t) || t->scalar_type() == x.scalar_type(); };
+  return (given(weight) || given(bias)) && own(weight) && own(bias) ? x.scalar_type() : at::kFloat;
 }
 
 void batch_norm_backward(const char* op, const Device& device, const at::Tensor& dy, const at::Tensor& x,

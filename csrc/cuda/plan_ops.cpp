@@ -185,12 +185,12 @@ void update(at::TensorList parameters, at::TensorList grads, at::TensorList stat
       check_nhwc(op, "parameters", w);
       TORCH_CHECK(w.size(2) * w.size(3) < 64, op, ": live expected a filter of less than 64 taps, got ", w.sizes());
     }
-    const auto as_int = [&](int64_t v) { return whole ? 1 : static_cast<int>(v); };
-    call.tensors.push_back({data<float>(w), per > 0 ? data<float>(own[0]) : nullptr,
-                            per > 1 ? data<float>(own[1]) : nullptr, given(half) ? raw(*half) : nullptr, raw(g),
-                            w.numel(), static_cast<uint64_t>(mask), as_int(whole ? 1 : w.size(1)),
-                            as_int(whole ? 1 : w.size(2) * w.size(3)), parts ? static_cast<int>(g.size(0)) : 1,
-                            dtype_number(op, g), given(half) ? dtype_number(op, *half) : 0});
+    const int8_t half_dtype = given(half) ? static_cast<int8_t>(dtype_number(op, *half)) : 0;
+    call.tensors.push_back(
+        {data<float>(w), per > 0 ? data<float>(own[0]) : nullptr, per > 1 ? data<float>(own[1]) : nullptr,
+         given(half) ? raw(*half) : nullptr, raw(g), w.numel(), static_cast<uint64_t>(mask),
+         whole ? 1 : static_cast<int>(w.size(1)), whole ? 1 : static_cast<int>(w.size(2) * w.size(3)),
+         parts ? static_cast<int>(g.size(0)) : 1, static_cast<int8_t>(dtype_number(op, g)), half_dtype, false});
   }
   call.momentum = per > 0;
   call.hyper = const_data<double>(hyper);

@@ -72,6 +72,7 @@ def _seen(module: nn.Module, inputs: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
+# What has_hooks() looks at; it spells them out, since Dynamo cannot trace operator.attrgetter.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -86,9 +86,7 @@ class TrainingLowering(BackwardLowering):
         value, weight, shape = node.inputs[0], node.module.weight, geometry(node)
         used = self.half(weight)
         if self.wants(value):
-            before = self.grad_at.get(value)
-            if isinstance(before, Pending):
-                before = self.resolve(before)
+            before = self.resolve(self.grad_at.get(value))
             own = isinstance(before, Buffer) and id(before) not in self.shared
             into = before if own else self.own(value)
             pending = Pending(into, [dz, used, before, shape])

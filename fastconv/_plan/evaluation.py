@@ -99,28 +99,21 @@ class EvaluationLowering(Lowering):
         layer = node.module
         return self.build.returning("aten::linear", [x, self.live(layer.weight), self.live(layer.bias)])
 
+    def library(self, node: Node) -> str:
+        return "aten" if node.stock else super().library(node)
+
     def _max_pool(self, node: Node, x: Any) -> Any:
         o = node.options
         if node.stock:
             window = [list(o[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
             return self.build.returning("aten::max_pool2d", [x, *window, o["ceil_mode"]])
-        if node.options["kernel_size"][0] * node.options["kernel_size"][1] > 256:
+        if o["kernel_size"][0] * o["kernel_size"][1] > 256:
             raise Refused("a max-pool whose windows the eager path leaves to aten")
         return self.max_pool(node, x, None)
-
-    def _avg_pool(self, node: Node, x: Any) -> Any:
-        if not node.stock:
-            return super()._avg_pool(node, x)
-        o = node.options
-        window = [list(o[name]) for name in ("kernel_size", "stride", "padding")]
-        rest = [o["ceil_mode"], o["count_include_pad"], o["divisor_override"]]
-        return self.build.returning("aten::avg_pool2d", [x, *window, *rest])
 
     def _adaptive_avg_pool(self, node: Node, x: Any) -> Any:
         if node.options.get("mean"):  # x.mean((2, 3)) in the model: the same operator, for the same bits
             return self.build.returning("aten::mean.dim", [x, [2, 3], True, None])
-        if node.stock:
-            return self.build.returning("aten::adaptive_avg_pool2d", [x, list(node.options["output_size"])])
         return super()._adaptive_avg_pool(node, x)
 
 

@@ -79,6 +79,10 @@ class Lowering:
     def residual(self, node: Node) -> Any:
         return None if node.residual is None else self.at[node.residual]
 
+    def library(self, node: Node) -> str:
+        """Whose pools: those that PyTorch has too take the same arguments there."""
+        return "fastconv"
+
     def own(self, value: Value) -> Buffer:
         return self.build.buffer(value.shape, self.dtype)
 
@@ -123,13 +127,14 @@ class Lowering:
     def _avg_pool(self, node: Node, x: Any) -> Any:
         o = node.options
         return self.build.returning(
-            "fastconv::avg_pool2d",
+            f"{self.library(node)}::avg_pool2d",
             [x, list(o["kernel_size"]), list(o["stride"]), list(o["padding"]), o["ceil_mode"], o["count_include_pad"],
              o["divisor_override"]],
         )  # fmt: skip
 
     def _adaptive_avg_pool(self, node: Node, x: Any) -> Any:
-        return self.build.returning("fastconv::adaptive_avg_pool2d", [x, list(node.options["output_size"])])
+        op = f"{self.library(node)}::adaptive_avg_pool2d"
+        return self.build.returning(op, [x, list(node.options["output_size"])])
 
     def max_pool(self, node: Node, x: Any, offsets: Slot | None) -> Slot:
         o, out = node.options, self.build.slot()

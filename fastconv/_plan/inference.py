@@ -98,7 +98,7 @@ def affine(mean: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> T
     """The shift of x * scale + shift that equals (x - mean) * scale + shift, computed in fp64."""
     if mean is None:
         return shift
-    moved = -mean.double() if scale is None else -mean.double() * scale.double()
+    moved = -mean.double() * scale.double()
     return (moved if shift is None else moved + shift.double()).float()
 
 

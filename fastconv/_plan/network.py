@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _ext
 from .._fuse.module import FusedMixin
-from .._fuse.runtime import HOOKS, has_hooks
+from .._fuse.runtime import HOOKS
 
 
 class Refused(Exception):
@@ -55,20 +55,6 @@ class Network:
     modules: list[nn.Module]
     reads: list[tuple[nn.Module, str]]
 
-    def state(self) -> list[Any]:
-        """What must stay as it was for the nodes to stay true; compare with an earlier one."""
-        found: list[Any] = [getattr(module, name, None) for module, name in self.reads]
-        for m in self.modules:
-            kind = type(m)
-            if isinstance(m, FusedMixin):
-                found += (m.__dict__.get("_fastconv_plan"), m.training, has_hooks(m))
-                continue
-            found += (kind, m.training, has_hooks(m), *m._parameters.values(), *m._buffers.values())
-            found += m._modules.values()
-            for name in READ.get(kind, ()):
-                found.append(getattr(m, name))
-        return found
-
 
 class Watch:
     """Whether a network's state, and the memory of some tensors, stay as they are now; asked before every run."""
@@ -79,33 +65,36 @@ class Watch:
         self._take()
 
     def _take(self) -> None:
-        self.state = self.network.state()
-        found = _Objects()
-        for m in self.network.modules:
-            found.module(m)
-        for module, name in self.network.reads:
-            found.entry(module.__dict__, name)
-        self.kept = found  # the guard borrows its objects
-        self.guard = _ext.MODULE.Guard(found.entries, found.sizes, found.types, self.tensors)
+        kept = self.kept = _Objects(self.network)  # the guard borrows them
+        self.guard = _ext.MODULE.Guard(kept.entries, kept.sizes, kept.types, self.tensors)
 
     def changed(self) -> bool:
         if self.guard.holds():
             return False
         # Not the same objects, but maybe equal ones.
         moved = [t.data_ptr() for t in self.tensors] != self.pointers
-        if moved or not same_state(self.network.state(), self.state):
+        if moved or not _Objects(self.network).same_as(self.kept):
             return True
         self._take()
         return False
 
 
 class _Objects:
-    """What Network.state() looks at, as dicts, their keys and values: lists for the extension's Guard."""
+    """What must stay as it was for a network's nodes to stay true, as dicts, their keys and values: lists for the
+    extension's Guard."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: Network) -> None:
         self.entries: list[Any] = []
         self.sizes: list[Any] = []
         self.types: list[Any] = []
+        for m in network.modules:
+            self.module(m)
+        for module, name in network.reads:
+            self.entry(module.__dict__, name)
+
+    def same_as(self, other: _Objects) -> bool:
+        mine, theirs = (o.entries + o.sizes + o.types for o in (self, other))
+        return same_state(mine, theirs)
 
     def entry(self, holder: dict[str, Any], name: str) -> None:
         self.entries += (holder, name, holder.get(name, _ext.MODULE.Guard))

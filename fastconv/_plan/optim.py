@@ -145,11 +145,10 @@ class PlannedOptimizer:
                 values = [
                     lr / (1.0 - beta1**step), beta1, beta2, math.sqrt(1.0 - beta2**step), float(group["eps"]), keep, l2,
                 ]  # fmt: skip
-            if bound is hyper:
-                for i, value in enumerate(values):
-                    hyper[i] = value
-            elif values != hyper.tolist():
-                hyper.copy_(torch.tensor(values, dtype=torch.float64))
+            if values == hyper.tolist():
+                continue
+            hyper.copy_(torch.tensor(values, dtype=torch.float64))
+            if bound is not hyper:
                 # Pageable memory: the driver has read it when the call returns, and does not wait for the device.
                 bound.copy_(hyper, non_blocking=True)
 

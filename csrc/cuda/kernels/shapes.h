@@ -62,4 +62,19 @@ constexpr int loss_lanes(int64_t classes, bool apart) {
 // a convolution's split sums, so the convolution may split its own and needs no statistics.
 constexpr int64_t kBatchNormSmallRows = 256;
 
+constexpr uint64_t kAllLive = ~uint64_t{0};
+
+// One tensor of the optimizer's step (update.cuh): device memory, the same order in all.
+struct UpdateTensor {
+  float *w, *m, *v;  // m and v null where the rule has none
+  void* half;        // the new weights once more; null: not wanted
+  const void* g;
+  int64_t elements;
+  uint64_t live;                  // kAllLive, or bit t: tap t of [k, taps, inner] is updated
+  int inner, taps;                // 1 where all are
+  int splits;                     // more than 1: g is the sum of so many fp32 tensors, one behind the other
+  int8_t grad_dtype, half_dtype;  // 0 fp32, 1 fp16, 2 bf16
+  bool vec;  // accesses of kUpdateVector elements are aligned, and stay inside one tap: the launch's
+};
+
 }  // namespace fastconv

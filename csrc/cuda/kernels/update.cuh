@@ -17,6 +17,7 @@
 
 #include "common.cuh"
 #include "launch.cuh"
+#include "shapes.h"
 
 namespace fastconv {
 
@@ -27,21 +28,8 @@ constexpr int kUpdateChunk = kUpdateThreads * kUpdateVector * 4;
 // A kernel's arguments may have 4 KiB on every toolkit and 32 KiB since CUDA 12.1; this table takes 11. ResNet50 has 54
 // tensors with a 16-bit copy and 107 without.
 constexpr int kUpdateTensors = 128;
-constexpr uint64_t kAllLive = ~uint64_t{0};
 
 enum class UpdateRule { kPlainSgd, kSgd, kAdam };
-
-struct UpdateTensor {
-  float *w, *m, *v;
-  void* half;  // null: none
-  const void* g;
-  int64_t elements;
-  uint64_t live;  // kAllLive, or the taps to update
-  int inner, taps;
-  int splits;                     // more than 1: g is the sum of so many fp32 tensors, one behind the other
-  int8_t grad_dtype, half_dtype;  // 0 fp32, 1 fp16, 2 bf16
-  bool vec;                       // accesses of kUpdateVector elements are aligned, and stay inside one tap
-};
 
 struct UpdateParams {
   const double* hyper;
