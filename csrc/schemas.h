@@ -121,6 +121,13 @@ inline void define_plan_operators(torch::Library& m) {
   m.def(
       "conv2d_weight_grad_update(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) "
       "parameter, Tensor(b!)[] state, Tensor(c!)? half, Tensor hyper, str optimizer, bool skip_dead) -> ()");
+  // Both gradients of a convolution, the weight's consumed as above. Worth a call of its own where
+  // conv2d_steps_in_place.
+  m.def(
+      "conv2d_backward_update(Tensor grad_output, Tensor input, Tensor weight, Tensor? addend, int[] geometry, "
+      "Tensor(a!) grad_input, Tensor(b!) parameter, Tensor(c!)[] state, Tensor(d!)? half, Tensor hyper, str optimizer, "
+      "bool skip_dead) -> ()");
+  m.def("conv2d_steps_in_place(Tensor input, Tensor weight, int[] geometry) -> bool");
   m.def(
       "update(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, int per, Tensor(c!)[] halves, Tensor hyper, "
       "str optimizer, int[] live) -> ()");

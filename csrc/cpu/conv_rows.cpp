@@ -9,7 +9,6 @@
 #include <map>
 #include <memory>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -80,10 +79,10 @@ constexpr size_t kKeptPlans = 1024;  // several networks' worth; then all are dr
 template <class T>
 std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transposed, RowsShape shape) {
   using Key = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                         int64_t, int64_t, int64_t, int64_t, int64_t>;
+                         int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
   thread_local std::map<Key, std::shared_ptr<const RowsPlanData>> plans;
-  const Key key{transposed, p.n, p.h,        p.w,        p.c,     p.k,     p.r,     p.s,
-                p.p,        p.q, p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w};
+  const Key key{transposed, shape.grain, p.n,        p.h,        p.w,     p.c,     p.k,     p.r,    p.s,
+                p.p,        p.q,         p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w};
   auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   auto made = std::make_shared<RowsPlanData>();
@@ -93,11 +92,30 @@ std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transpos
   return made;
 }
 
+// Whether the weights are read where they lie (conv_rows_dots.h): few rows, whole tiles of columns, whole vectors of
+// channels.
+template <class T>
+bool reads_in_place(const RowsPlanData& d) {
+  const RowsPlan& p = d.plan;
+  const int64_t step = d.shape.columns / 2 * (4 / static_cast<int64_t>(sizeof(T)));
+  return d.tiles <= kInPlaceTiles && p.columns % d.shape.columns == 0 && p.gather_r == 0 && p.reduce % step == 0;
+}
+
 template <class T, class W>
 void run_rows(const ConvParams& p, bool transposed, const T* input, const W* weight, const void* packed,
               const RowsEpilogue<T>& e) {
-  const RowsShape shape = tile_shape<T>();
-  const std::shared_ptr<const RowsPlanData> kept = kept_plan<T>(p, transposed, shape);
+  RowsShape shape = tile_shape<T>();
+  std::shared_ptr<const RowsPlanData> kept;
+  bool in_place = false;
+  // A tile register's product wants packed weights whatever the rows: there a single tile of vectors.
+  const int64_t few = tile_registers<T>() ? kVectorTile.rows : kVectorTile.rows * kInPlaceTiles;
+  if (!transposed && packed == nullptr && p.n * p.p * p.q <= few) {
+    const RowsShape vectors = tile_registers<T>() ? kVectorTile : shape;
+    kept = kept_plan<T>(p, transposed, vectors);
+    in_place = reads_in_place<T>(*kept);
+    if (in_place) shape = vectors;
+  }
+  if (!in_place) kept = kept_plan<T>(p, transposed, shape);
   const RowsPlanData& d = *kept;
   const int64_t channels = transposed ? p.k : p.c;
   if (d.plan.gather_r > 0)
@@ -107,14 +125,13 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
   const RowsPlan& plan = d.plan;
   const int64_t panels = (plan.columns + shape.columns - 1) / shape.columns;
   const double work = (d.cost + (packed != nullptr ? 0.0 : d.pack_cost)) * panels * 16;
-  const RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
+  RowsGrid grid = choose_rows_grid(d, panels, work < kSerialWork ? 1 : at::get_num_threads(), packed != nullptr);
   auto kernel = FASTCONV_ROWS_PICK(T, conv_rows<T, W>);
-  bool in_place = false;
-  if constexpr (std::is_same_v<T, float>) {
-    in_place = transposed && packed == nullptr && d.tiles <= kInPlaceTiles && plan.columns % shape.columns == 0;
-    if (in_place) kernel = FASTCONV_ROWS_PICK(T, conv_rows_in_place<T>);
+  if (in_place) {
+    kernel = FASTCONV_VECTORS_PICK(conv_rows_dots<T, W>);
+    grid = {std::min(grid.panel_parts * grid.tile_parts, panels), 1};
   }
-  const bool registers = tile_registers<T>();
+  const bool registers = tile_registers<T>() && !in_place;
   // Panels packed together: those of the data gradient read longer runs of the weights, and rows that are copied first
   // (tile registers) meet more of them.
   const bool wide = transposed || (registers && d.cost > d.pack_cost);
@@ -145,8 +162,7 @@ void run_rows(const ConvParams& p, bool transposed, const T* input, const W* wei
       if (in_place) t.tiles_at_once = t.tile_end - t.tile_begin;
       Layout space;
       const int64_t panels_at = space.add(packed != nullptr || in_place ? 0 : t.panels_at_once * plan.panel_bytes);
-      const int64_t sums_at =
-          space.add(in_place ? (t.panel_end - t.panel_begin) * t.tiles_at_once * shape.rows * shape.columns * 4 : 0);
+      const int64_t sums_at = space.add(in_place ? t.tiles_at_once * shape.rows * shape.columns * 4 : 0);
       const int64_t table_at =
           space.add((registers ? 1 : t.tiles_at_once) * t.table_tile * static_cast<int64_t>(sizeof(char*)));
       const int64_t zeros_at = space.add(plan.tap_units * 4);
@@ -209,7 +225,11 @@ void rows_forward(const ConvParams& p, const T* x, const W* weight, const void* 
 
 template <class T, class W>
 void rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const void* packed, const RowsEpilogue<T>& e) {
-  run_rows<T, W>(p, true, dz, weight, packed, e);
+  if (packed == nullptr && few_rows_worthwhile(p, sizeof(T), false)) {
+    few_rows_input_grad<T, W>(p, dz, weight, e);
+  } else {
+    run_rows<T, W>(p, true, dz, weight, packed, e);
+  }
 }
 
 int64_t rows_packed_bytes(const ConvParams& p, int64_t element, ConvPass pass) {

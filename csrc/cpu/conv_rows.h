@@ -50,6 +50,16 @@ void rows_forward(const ConvParams& p, const T* x, const W* weight, const void* 
 template <class T, class W>
 void rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const void* packed, const RowsEpilogue<T>& e);
 
+// The same from the weights where they lie, where every tap joins a few rows only (kernels/conv_few_rows.h). And the
+// step of an optimizer by the weight gradient on the way, where step.w is the fp32 weight: with bf16 dx is that of its
+// rounded values. skip_dead: weights of taps that read no input are left alone.
+bool few_rows_worthwhile(const ConvParams& p, int64_t element, bool step);
+template <class T, class W>
+void few_rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const RowsEpilogue<T>& e);
+template <class T>
+void few_rows_step(const ConvParams& p, const T* dz, const T* x, bool skip_dead, const RowsEpilogue<T>& e,
+                   const WeightStep& step);
+
 // dw[k,r,s,c] (D: T, or float), every element written; exactly zero for taps that read no input.
 template <class T, class D>
 void rows_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw);

@@ -16,17 +16,23 @@
 #include "kernels/conv_rows_plan.h"
 #include "kernels/conv_rows_types.h"
 
-// The active set's version of a kernel on T: tile registers are of bf16 alone.
+// The active set's version of a kernel of vectors, and of one on T that has another for tile registers, which are of
+// bf16 alone.
 #if FASTCONV_X86
-#define FASTCONV_ROWS_PICK(T, ...)                                                           \
+#define FASTCONV_VECTORS_PICK(...)                                                           \
   ([] {                                                                                      \
-    if constexpr (sizeof(T) == 2) {                                                          \
-      if (active_isa() == Isa::amx_bf16) return &::fastconv::cpu::amx_bf16::__VA_ARGS__;     \
-    }                                                                                        \
     if (active_isa() >= Isa::avx512_bf16) return &::fastconv::cpu::avx512_bf16::__VA_ARGS__; \
     return FASTCONV_PICK(__VA_ARGS__);                                                       \
   }())
+#define FASTCONV_ROWS_PICK(T, ...)                                                       \
+  ([] {                                                                                  \
+    if constexpr (sizeof(T) == 2) {                                                      \
+      if (active_isa() == Isa::amx_bf16) return &::fastconv::cpu::amx_bf16::__VA_ARGS__; \
+    }                                                                                    \
+    return FASTCONV_VECTORS_PICK(__VA_ARGS__);                                           \
+  }())
 #else
+#define FASTCONV_VECTORS_PICK(...) FASTCONV_PICK(__VA_ARGS__)
 #define FASTCONV_ROWS_PICK(T, ...) FASTCONV_PICK(__VA_ARGS__)
 #endif
 
@@ -42,10 +48,12 @@ inline bool tile_registers() {
   return sizeof(T) == 2 && active_isa() == Isa::amx_bf16;
 }
 
+constexpr RowsShape kVectorTile{8, 32};  // of AVX-512
+
 template <class T>
 inline RowsShape tile_shape() {
   if (tile_registers<T>()) return {32, 32, 16};
-  if (active_isa() >= Isa::avx512) return {8, 32};
+  if (active_isa() >= Isa::avx512) return kVectorTile;
   if (active_isa() == Isa::avx2) return {6, 16};
   return {6, 8};
 }

@@ -13,33 +13,27 @@ namespace fastconv::cpu {
 
 WeightUpdate::WeightUpdate(const char* op, const at::Tensor& weight, at::TensorList state, const OptTensor& half,
                            const at::Tensor& hyper, c10::string_view optimizer)
-    : weight_(weight), adam_(check_weight_update(op, weight, state, half, hyper, optimizer)) {
-  w_ = data<float>(weight);
-  if (!state.empty()) m_ = data<float>(state[0]);
-  if (state.size() > 1) v_ = data<float>(state[1]);
-  if (given(half)) half_ = data<bf16>(*half);
+    : weight_(weight) {
+  step_.adam = check_weight_update(op, weight, state, half, hyper, optimizer);
+  step_.w = data<float>(weight);
+  step_.n = weight.numel();
+  if (!state.empty()) step_.m = data<float>(state[0]);
+  if (state.size() > 1) step_.v = data<float>(state[1]);
+  if (given(half)) step_.half = data<bf16>(*half);
   const bool large = static_cast<int64_t>(weight.nbytes()) >= kPastCacheBytes;
   const double* h = const_data<double>(hyper);
-  if (adam_) {
-    step_ = {static_cast<float>(h[0]),     static_cast<float>(1 - h[1]), static_cast<float>(h[2]),
-             static_cast<float>(1 - h[2]), static_cast<float>(h[3]),     static_cast<float>(h[4]),
-             static_cast<float>(h[5]),     static_cast<float>(h[6]),     large};
+  if (step_.adam) {
+    step_.averages = {static_cast<float>(h[0]),     static_cast<float>(1 - h[1]), static_cast<float>(h[2]),
+                      static_cast<float>(1 - h[2]), static_cast<float>(h[3]),     static_cast<float>(h[4]),
+                      static_cast<float>(h[5]),     static_cast<float>(h[6]),     large};
   } else {
-    sgd_ = {static_cast<float>(h[0]), static_cast<float>(h[1]), static_cast<float>(h[2]), h[3] != 0, large};
+    step_.sgd = {static_cast<float>(h[0]), static_cast<float>(h[1]), static_cast<float>(h[2]), h[3] != 0, large};
   }
   bump_versions(weight, state);
 }
 
 void WeightUpdate::apply(int64_t first, int64_t count, const float* grad) const {
-  float* m = m_ == nullptr ? nullptr : m_ + first;
-  bf16* half = half_ == nullptr ? nullptr : half_ + first;
-  if (adam_) {
-    FASTCONV_PICK(adam_step)(w_ + first, m, v_ + first, half, grad, count, &step_);
-  } else if (m != nullptr) {
-    FASTCONV_PICK(sgd_step<true>)(w_ + first, m, half, grad, count, &sgd_);
-  } else {
-    FASTCONV_PICK(sgd_step<false>)(w_ + first, m, half, grad, count, &sgd_);
-  }
+  FASTCONV_PICK(weight_step)(step_, first, count, grad);
 }
 
 void WeightUpdate::apply_all(const at::Tensor& grad) const {

@@ -19,14 +19,12 @@ class WeightUpdate {
   void apply(int64_t first, int64_t count, const float* grad) const;
   // All of them, with threads.
   void apply_all(const at::Tensor& grad) const;
+  // The same as the kernels take it.
+  const WeightStep& step() const { return step_; }
 
  private:
   at::Tensor weight_;
-  float *w_, *m_ = nullptr, *v_ = nullptr;
-  bf16* half_ = nullptr;
-  bool adam_;
-  SgdStep sgd_{};
-  AdamStep step_{};
+  WeightStep step_;
 };
 
 }  // namespace fastconv::cpu

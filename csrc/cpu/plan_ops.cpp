@@ -99,6 +99,43 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   if (!done) update.apply_all(aten_weight_grad(p, grad_output, input, weight));
 }
 
+// Whether one pass over the weights computes both gradients and steps them: few rows.
+bool conv2d_steps_in_place(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef geometry) {
+  const ConvParams p = plan_conv_params("fastconv_plan::conv2d_steps_in_place", input, weight, geometry);
+  const at::ScalarType type = input.scalar_type();
+  return (type == at::kFloat || type == at::kBFloat16) && few_rows_worthwhile(p, input.element_size(), true);
+}
+
+// grad_input = the gradient + addend, of the weights as they are; then the update above.
+void conv2d_backward_update(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                            const OptTensor& addend, at::IntArrayRef geometry, const at::Tensor& grad_input,
+                            const at::Tensor& parameter, at::TensorList state, const OptTensor& half,
+                            const at::Tensor& hyper, c10::string_view optimizer, bool skip_dead) {
+  constexpr const char* op = "fastconv_plan::conv2d_backward_update";
+  const ConvParams p = check_plan_input_grad(op, grad_output, weight, addend, geometry, grad_input);
+  check_output(op, "input", input, grad_input, grad_input.sizes());
+  check_nhwc(op, "parameter", parameter);
+  check_sizes(op, "parameter", parameter, weight.sizes());
+  // The kernel reads the parameter alone: `weight` has to be it, or its bf16 copy.
+  const void* same = input.scalar_type() == at::kFloat ? parameter.const_data_ptr()
+                     : given(half)                     ? half->const_data_ptr()
+                                                       : nullptr;
+  if (weight.const_data_ptr() != same || !conv2d_steps_in_place(input, weight, geometry)) {
+    conv2d_input_grad(grad_output, weight, addend, geometry, grad_input);
+    conv2d_weight_grad_update(grad_output, input, weight, geometry, parameter, state, half, hyper, optimizer,
+                              skip_dead);
+    return;
+  }
+  const WeightUpdate update(op, parameter, state, half, hyper, optimizer);
+  const auto run = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    few_rows_step<T>(p, const_data<T>(grad_output), const_data<T>(input), skip_dead,
+                     {data<T>(grad_input), nullptr, const_data<T>(or_none(addend)), nullptr, nullptr, Act::identity},
+                     update.step());
+  };
+  input.scalar_type() == at::kFloat ? run(TypeTag<float>{}) : run(TypeTag<bf16>{});
+}
+
 // live: what may be left out has a gradient of zero, which the CPU does not look at here: it leaves dead taps out in
 // conv2d_weight_grad_update.
 void update(at::TensorList parameters, at::TensorList grads, at::TensorList state, int64_t per, at::TensorList halves,
@@ -148,6 +185,8 @@ TORCH_LIBRARY_IMPL(fastconv_plan, CPU, m) {
   m.impl("conv2d_input_grad", &conv2d_input_grad);
   m.impl("conv2d_weight_grad", &conv2d_weight_grad);
   m.impl("conv2d_weight_grad_update", &conv2d_weight_grad_update);
+  m.impl("conv2d_backward_update", &conv2d_backward_update);
+  m.impl("conv2d_steps_in_place", &conv2d_steps_in_place);
   m.impl("update", &update);
   m.impl("batch_norm", &batch_norm);
   m.impl("batch_norm_backward", &batch_norm_backward_into);

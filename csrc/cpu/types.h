@@ -64,4 +64,15 @@ struct AdamStep {
   bool large;
 };
 
+// One optimizer step of a parameter: n elements, dense. m, v: SGD's momentum buffer or null, or Adam's averages; half:
+// where the new weights go in bf16, or null.
+struct WeightStep {
+  float *w = nullptr, *m = nullptr, *v = nullptr;
+  bf16* half = nullptr;
+  int64_t n = 0;
+  bool adam = false;
+  SgdStep sgd{};
+  AdamStep averages{};
+};
+
 }  // namespace fastconv::cpu

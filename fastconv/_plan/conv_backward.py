@@ -85,14 +85,30 @@ class TrainingLowering(BackwardLowering):
     def _conv_backward(self, node: Node, dz: Any, x: Any) -> None:
         value, weight, shape = node.inputs[0], node.module.weight, geometry(node)
         used = self.half(weight)
+        skip = weight.requires_grad and self.updates(weight) and self._skips_dead(node)
         if self.wants(value):
             before = self.resolve(self.grad_at.get(value))
             own = isinstance(before, Buffer) and id(before) not in self.shared
             into = before if own else self.own(value)
+            if self._step_in_place(weight, dz, x, used, before, shape, into, skip):
+                self.grad_at[value] = into
+                return
             pending = Pending(into, [dz, used, before, shape])
             self.grad_at[value] = pending if self.kernels.gpu else self.resolve(pending)
-        skip = weight.requires_grad and self.updates(weight) and self._skips_dead(node)
         self._weight_gradient(weight, dz, x, used, shape, skip)
+
+    def _step_in_place(
+        self, weight: Tensor, dz: Any, x: Any, used: Tensor, before: Any, shape: list[int], into: Buffer, skip: bool
+    ) -> bool:
+        """Emits both gradients and the update as one call, where one pass over the weights does it all."""
+        if self.kernels.gpu or not weight.requires_grad or self.optimizer is None or not self.updates(weight):
+            return False
+        sample = torch.empty(into.shape, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
+        if not torch.ops.fastconv_plan.conv2d_steps_in_place(sample, used, shape):
+            return False
+        self.build.call("fastconv_plan::conv2d_backward_update",
+                        [dz, x, used, before, shape, into, *self._updated(weight, used), skip])  # fmt: skip
+        return True
 
     def _linear(self, node: Node, x: Any) -> Any:
         layer, build = node.module, self.build
@@ -103,11 +119,15 @@ class TrainingLowering(BackwardLowering):
 
         def backward(grad: Any) -> None:
             dz = as_pixel(build, grad, node.output.shape)
+            stepped = False
             if self.wants(node.inputs[0]):
                 into = build.buffer((*node.inputs[0].shape, 1, 1), self.dtype)
-                build.call("fastconv_plan::conv2d_input_grad", [dz, filters, None, PIXEL, into])
+                stepped = self._step_in_place(layer.weight, dz, pixels, filters, None, PIXEL, into, False)
+                if not stepped:
+                    build.call("fastconv_plan::conv2d_input_grad", [dz, filters, None, PIXEL, into])
                 self.give(node.inputs[0], build.returning("aten::reshape", [into, list(node.inputs[0].shape)]))
-            self._weight_gradient(layer.weight, dz, pixels, filters, PIXEL, False)
+            if not stepped:
+                self._weight_gradient(layer.weight, dz, pixels, filters, PIXEL, False)
             self.linear_bias(layer, grad)
 
         self.tape.append((node, backward))
@@ -124,13 +144,15 @@ class TrainingLowering(BackwardLowering):
             parts = self.build.returning("fastconv_plan::conv2d_weight_grad_parts", [dz, x, used, shape])
             self.gradient(weight, parts)
         elif self.updates(weight):
-            state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
-            half = used if id(weight) in self.halves else None
-            self.build.call(
-                "fastconv_plan::conv2d_weight_grad_update",
-                [dz, x, used, shape, as_filter(weight.detach()), [as_filter(t) for t in state], half,
-                 self.optimizer.hyper[index], self.optimizer.kind, skip],
-            )  # fmt: skip
+            self.build.call("fastconv_plan::conv2d_weight_grad_update",
+                            [dz, x, used, shape, *self._updated(weight, used), skip])  # fmt: skip
+
+    def _updated(self, weight: Tensor, used: Tensor) -> list[Any]:
+        """Parameter, state, bf16 copy, hyper-parameters and optimizer, as the operators that update it take them."""
+        state, index = self.optimizer.state[id(weight)], self.optimizer.of[id(weight)]
+        half = used if id(weight) in self.halves else None
+        return [as_filter(weight.detach()), [as_filter(t) for t in state], half, self.optimizer.hyper[index],
+                self.optimizer.kind]  # fmt: skip
 
     def _skips_dead(self, node: Node) -> bool:
         """Whether the update may leave out the taps that read padding alone, and notes the state that this rests on."""

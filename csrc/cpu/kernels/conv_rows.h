@@ -26,7 +26,7 @@
 //   : 36 : 28; 3x3x512 600 : 12 : 11 85-97% of the multiply-add peak (276 GFLOP/s fp32, 552 bf16) at batch 64.
 // Versions: epilogue tests per vector in the tile 420 us (64->256 bf16, batch 64), per tile 346, out of line and zeroed
 // without a memory array 298. The stem by segments of 21 channels, 4 to a bf16 pixel, 1030 us; gathered 750.
-// A forward path for a handful of rows that used the weights where they lie is gone: see gemm_tile_pack.h.
+// A few rows read the weights where they lie: conv_rows_dots.h, and conv_few_rows.h for the gradients.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
@@ -172,10 +172,6 @@ void conv_rows(const RowsTask<T, W>& t) {
     }
   }
 }
-
-// conv_rows_in_place.h; not of tile registers.
-template <class T>
-void conv_rows_in_place(const RowsTask<T, T>& t);
 
 // Packs panels [begin, end) for a caller that keeps them.
 template <class T>

@@ -17,7 +17,7 @@
 #include "conv_rows.h"
 #ifndef FASTCONV_AMX
 //
-#include "conv_rows_in_place.h"
+#include "conv_rows_dots.h"
 #endif
 #endif
 #ifdef FASTCONV_AMX

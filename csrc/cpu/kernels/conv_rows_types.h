@@ -91,7 +91,7 @@ struct RowsTask {
   const char* input_end;
   const char* zeros;  // tap_units zero units
   char* gathered;     // [tiles_at_once][tile rows][gather_row(tap_units)]
-  float* sums;        // conv_rows_in_place() only: [panels][tiles][tile rows][tile columns]
+  float* sums;        // conv_rows_dots() only: [tiles][tile rows][tile columns]
   // With tile registers only: `table` is of one tile.
   RowsSource* sources;   // [tiles_at_once][max segments][2]
   int64_t sources_tile;  // entries of one tile
@@ -124,9 +124,40 @@ struct WgradTask {
   T* gathered;     // [kWgradUnits * (4 / sizeof(T))][gather_row] and 64 bytes
 };
 
-constexpr int64_t kInPlaceTiles = 4;          // up to so many tiles of rows, the weights are read where they lie
-constexpr int64_t kInPlaceBytes = 128 << 10;  // of weights that stay in L2 while the tiles meet them,
-constexpr int64_t kInPlaceUnits = 16;         // but so many units at least
+constexpr int64_t kInPlaceTiles = 2;  // up to so many tiles of rows, the forward pass reads the weights where they lie
+
+constexpr int kFewRows = 16;        // up to so many pairs of a tap, the gradients read the weights where they lie,
+constexpr int kFewFilters = 4;      // so many filters at a time, of which there are a multiple,
+constexpr int64_t kFewAhead = 8;    // and ask for the lines of those so much further on
+constexpr int64_t kFewBlock = 128;  // vectors of all pairs that stay in L1, of x and of dx: 16 KB
+
+// The output rows z[i] and the input rows x[i] that a tap joins.
+struct FewRowsTap {
+  int64_t offset;     // elements into a filter
+  int pairs, padded;  // padded: to 4, 8 or kFewRows
+  int64_t first;      // the padded pairs of the taps before
+  int32_t z[kFewRows], x[kFewRows];
+};
+
+// One thread's share of the gradients of a convolution on a few rows. W: T, or float where T is bf16.
+template <class T, class W>
+struct FewRowsTask {
+  const T* dz;      // [output rows][filters]
+  const T* x;       // [rows][columns]; null where no step is taken
+  const W* weight;  // [filters][filter], `filter` elements each: [tap][columns]
+  int64_t filters, filter, columns, rows;
+  const FewRowsTap* taps;               // live ones, and with a step those that are not but shall be stepped
+  int64_t n_taps, pairs;                // padded
+  RowsEpilogue<T> epilogue;             // of dx
+  const int64_t* at;                    // [rows]: the row's first element in dx
+  int64_t parts, part_begin, part_end;  // of the filters
+  int64_t panel_begin, panel_end;       // of the columns, when the parts are added up
+  float* dx_pairs;                      // all threads': by part and tap [vectors of columns][padded][lanes]
+  // Workspace, of this thread.
+  uint32_t* dz_pairs;  // twice [filters of a part][padded]
+  float* x_pairs;      // by tap [vectors of columns][padded][lanes]
+  float* sums;         // [rows][a panel's columns]
+};
 
 // Bytes of a gathered row: copies run up to 63 bytes over its end.
 constexpr int64_t gather_row_bytes(int64_t units) { return (units * 4 + 63) / 64 * 64 + 64; }

@@ -9,7 +9,7 @@
 // columns, at the place in their rows where it is in these (data gradient: of the units eight further on). All of
 // ResNet50's convolutions at 32 px and batch 4 in turn, 2 cores of a Zen 4, least of 3 medians, ms, without : with:
 // forward fp32 7.0 : 5.6 (packed before 4.3), bf16 4.0 : 2.9 (2.2); data gradient bf16 4.4 : 3.0; data gradient fp32,
-// weights in place without packing 7.5, packed 6.1 (a panel at a time; conv_rows_in_place.h reads them in order). At
+// weights in place without packing 7.5, packed 6.1 (a panel at a time; conv_few_rows.h reads them in order). At
 // batch 1 in place and packed are equal. The same lines asked for by the convolution before, while it multiplies:
 // inference at batch 1 2.4 : 3.6 fp32, 1.1 : 2.0 bf16, and a training step 4% slower: prefetches that come too early
 // cost more than they save. Data gradient, several panels from one pass over the weights instead of a pass each, 2

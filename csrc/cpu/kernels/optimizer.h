@@ -16,15 +16,24 @@
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
+inline f32v square_root(f32v x) {
+#if FASTCONV_VEC_BYTES == 64
+  return (f32v)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < FASTCONV_VEC_BYTES / 4; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // Where the new weights go.
 struct NewWeights {
   float* w;
   bf16* half;
   bool past;
 
-  NewWeights(float* weights, bf16* halves, int64_t n, bool large)
-      : w(weights),
-        half(halves),
+  NewWeights(const WeightStep& s, int64_t first, int64_t n, bool large)
+      : w(s.w + first),
+        half(s.half ? s.half + first : nullptr),
         past(large && n % Vec<float>::N == 0 && (half ? (uintptr_t)half : (uintptr_t)w) % 64 == 0) {}
   FASTCONV_INLINE void put(int64_t i, f32v x, bool full, int rest) const {
     if (half) {
@@ -39,45 +48,42 @@ struct NewWeights {
   }
 };
 
+// The step of elements [first, first + n): operator()(i, ...) takes the vector at first + i, x the weights and d their
+// gradient; `rest` of its elements where it is not `full`. ahead(i): asks for the state there.
 template <bool MOMENTUM>
-void sgd_step(float* w, float* m, bf16* half, const float* g, int64_t n, const SgdStep* step) {
-  using V = Vec<float>;
-  const SgdStep s = *step;
-  const NewWeights to(w, half, n, s.large);
-  for (int64_t i = 0; i < n; i += V::N) {
-    const bool full = i + V::N <= n;
-    const int rest = (int)(n - i);
-    V::V x = load(w + i, full, rest), d = load(g + i, full, rest);
+struct SgdRule {
+  static constexpr bool kUpdates = true;
+  SgdStep s;
+  float* m;
+  NewWeights to;
+
+  SgdRule(const WeightStep& t, int64_t first, int64_t n)
+      : s(t.sgd), m(MOMENTUM ? t.m + first : nullptr), to(t, first, n, t.sgd.large) {}
+  FASTCONV_INLINE void operator()(int64_t i, f32v x, f32v d, bool full, int rest) const {
     d += x * s.decay;
     if (MOMENTUM) {
-      const V::V buf = load(m + i, full, rest) * s.momentum + d;
+      const f32v buf = load(m + i, full, rest) * s.momentum + d;
       store(m + i, buf, full, rest);
       d = s.nesterov ? d + buf * s.momentum : buf;
     }
     x -= d * s.lr;
     to.put(i, x, full, rest);
   }
-  to.finish();
-}
+  FASTCONV_INLINE void ahead(int64_t i) const {
+    if (MOMENTUM) __builtin_prefetch(m + i, 1, 2);
+  }
+};
 
-inline f32v square_root(f32v x) {
-#if FASTCONV_VEC_BYTES == 64
-  return (f32v)_mm512_sqrt_ps((__m512)x);
-#else
-  for (int i = 0; i < FASTCONV_VEC_BYTES / 4; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
+struct AdamRule {
+  static constexpr bool kUpdates = true;
+  AdamStep s;
+  float *m, *v;
+  NewWeights to;
 
-inline void adam_step(float* w, float* m, float* v, bf16* half, const float* g, int64_t n, const AdamStep* step) {
-  using V = Vec<float>;
-  const AdamStep s = *step;
-  const NewWeights to(w, half, n, s.large);
-  for (int64_t i = 0; i < n; i += V::N) {
-    const bool full = i + V::N <= n;
-    const int rest = (int)(n - i);
-    V::V x = load(w + i, full, rest), d = load(g + i, full, rest);
-    V::V first = load(m + i, full, rest), second = load(v + i, full, rest);
+  AdamRule(const WeightStep& t, int64_t first, int64_t n)
+      : s(t.averages), m(t.m + first), v(t.v + first), to(t, first, n, t.averages.large) {}
+  FASTCONV_INLINE void operator()(int64_t i, f32v x, f32v d, bool full, int rest) const {
+    f32v first = load(m + i, full, rest), second = load(v + i, full, rest);
     d += x * s.l2;
     x *= s.keep;
     first += (d - first) * s.gain1;
@@ -87,7 +93,33 @@ inline void adam_step(float* w, float* m, float* v, bf16* half, const float* g, 
     store(v + i, second, full, rest);
     to.put(i, x, full, rest);
   }
-  to.finish();
+  FASTCONV_INLINE void ahead(int64_t i) const {
+    __builtin_prefetch(m + i, 1, 2);
+    __builtin_prefetch(v + i, 1, 2);
+  }
+};
+
+// f(rule) with the step's rule.
+template <class F>
+FASTCONV_INLINE void with_rule(const WeightStep& t, int64_t first, int64_t n, const F& f) {
+  if (t.adam)
+    f(AdamRule(t, first, n));
+  else if (t.m)
+    f(SgdRule<true>(t, first, n));
+  else
+    f(SgdRule<false>(t, first, n));
+}
+
+// Elements [first, first + n), g the gradient of the first.
+inline void weight_step(const WeightStep& t, int64_t first, int64_t n, const float* g) {
+  with_rule(t, first, n, [&](const auto rule) {
+    for (int64_t i = 0; i < n; i += Vec<float>::N) {
+      const bool full = i + Vec<float>::N <= n;
+      const int rest = (int)(n - i);
+      rule(i, load(rule.to.w + i, full, rest), load(g + i, full, rest), full, rest);
+    }
+    rule.to.finish();
+  });
 }
 
 }  // namespace fastconv::cpu::FASTCONV_ISA_NS
