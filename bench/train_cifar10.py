@@ -80,7 +80,7 @@ def train(args, ranks) -> None:
     names = ("stock", "fastconv") if args.backend == "compare" else (args.backend,)
     models = [model if name == names[-1] else copy.deepcopy(model) for name in names]
     trainees = [
-        Trainee(name, own, args, ranks, saved and saved["trainees"][name])
+        Trainee(name, own, args, ranks, saved and saved["trainees"][name], batches.make)
         for name, own in zip(names, models, strict=True)
     ]
     log(f"model: {args.model} with weights {weights}; {' and '.join(names)} on {args.device}, {args.precision}")

@@ -46,6 +46,11 @@ class TrainStep:
     plan keeps bf16 copies of the weights, which the optimizer's one launch refreshes, where autocast casts each weight
     and each gradient; it runs the ``cuda`` kernels throughout, whatever was measured. No GPU has run one yet.
 
+    prepare: called as ``x, y = prepare(x, y)`` at the head of every step, without gradients: it turns what ``step`` is
+    given into the batch, say indices into images from a data set on the device, cropped and normalised. On a GPU it is
+    captured with the rest, so it must not wait for the device, and gives tensors of the same shapes wherever it is
+    given such. Random numbers that it draws on the device are new ones at every replay.
+
     ``step(x, y)`` takes tensors on the model's device and returns the loss, detached, without a host sync: read it with
     ``.item()`` as seldom as you can. Every call trains on its own batch; capture and warm-up repeat none.
 
@@ -70,6 +75,7 @@ class TrainStep:
         cuda_graph: bool | str = "auto",
         keep_grads: bool = False,
         plan: bool | str = "auto",
+        prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"TrainStep: model expected torch.nn.Module, got {type(model).__name__}")
@@ -83,6 +89,8 @@ class TrainStep:
             raise ValueError(f'TrainStep: cuda_graph expected "auto", True or False, got {cuda_graph!r}')
         if plan not in ("auto", True, False):
             raise ValueError(f'TrainStep: plan expected "auto", True or False, got {plan!r}')
+        if prepare is not None and not callable(prepare):
+            raise TypeError(f"TrainStep: prepare expected a callable or None, got {type(prepare).__name__}")
         devices = {p.device for p in model.parameters()}
         if len(devices) != 1:
             raise RuntimeError(
@@ -94,7 +102,7 @@ class TrainStep:
             raise RuntimeError(f"TrainStep: cuda_graph=True expected a model on a CUDA device, got {self.device}")
         self.autocast_dtype = autocast_dtype
         self.scaler = torch.amp.GradScaler(self.device.type) if autocast_dtype is torch.float16 else None
-        self.keep_grads = keep_grads
+        self.keep_grads, self.prepare = keep_grads, prepare
         self.plan_required = plan is True
         wanted = self.device.type == "cpu" if plan == "auto" else plan
         self._plans: StepPlans | None = StepPlans(self) if wanted else None
@@ -108,17 +116,31 @@ class TrainStep:
         return 0 if self._graphs is None else len(self._graphs.cache)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check("", x, y)
+        if self._graphs is not None:
+            return self._graphs(x, y)
+        return self.plain(*self.prepared(x, y))
+
+    def _check(self, whose: str, x: Any, y: Any) -> None:
         for name, value in (("x", x), ("y", y)):
             if not isinstance(value, Tensor):
-                raise TypeError(f"TrainStep: {name} expected Tensor, got {type(value).__name__}")
+                raise TypeError(f"TrainStep: {whose}{name} expected Tensor, got {type(value).__name__}")
             if value.device != self.device:
-                raise RuntimeError(f"TrainStep: {name} expected on {self.device} like the model, got {value.device}")
-        plan = None if self._plans is None else self._plans.find(x, y)
-        if plan is None and self.plan_required:
-            raise RuntimeError(f"TrainStep: plan=True expected a step that a plan can hold: {self.plan_reason}")
-        if self._graphs is not None:
-            return self._graphs(x, y, plan)
-        return self.plain(x, y, plan)
+                raise RuntimeError(
+                    f"TrainStep: {whose}{name} expected on {self.device} like the model, got {value.device}"
+                )
+
+    def prepared(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of what the step was given."""
+        if self.prepare is None:
+            return x, y
+        with torch.no_grad():
+            pair = self.prepare(x, y)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            got = f"{len(pair)} of them" if isinstance(pair, (tuple, list)) else type(pair).__name__
+            raise TypeError(f"TrainStep: prepare expected to return a pair of tensors, got {got}")
+        self._check("prepare's ", *pair)
+        return pair[0], pair[1]
 
     @property
     def plan_reason(self) -> str:
@@ -127,8 +149,16 @@ class TrainStep:
             return f"no plan is wanted on {self.device}: plan=True asks for one"
         return self._plans.reason
 
-    def plain(self, x: Tensor, y: Tensor, plan: TrainingPlan | None) -> Tensor:
-        """The step without a CUDA graph."""
+    def plan_of(self, x: Tensor, y: Tensor) -> TrainingPlan | None:
+        """The plan for a batch of these shapes."""
+        plan = None if self._plans is None else self._plans.find(x, y)
+        if plan is None and self.plan_required:
+            raise RuntimeError(f"TrainStep: plan=True expected a step that a plan can hold: {self.plan_reason}")
+        return plan
+
+    def plain(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step on a batch without a CUDA graph."""
+        plan = self.plan_of(x, y)
         return self.eager(x, y) if plan is None else self._plans.run(plan, x, y)
 
     def eager(self, x: Tensor, y: Tensor) -> Tensor:
@@ -165,6 +195,7 @@ class _StepGraphs:
     def __init__(self, step: TrainStep, required: bool) -> None:
         self.step, self.required = step, required
         self.cache: dict[tuple, _Captured] = {}
+        self.batches: dict[tuple, tuple[Tensor, Tensor]] = {}  # what prepare made of such tensors before
         self.calls, self.recaptures = 0, 0
         self.stream = torch.cuda.Stream(step.device)
         self.pool = torch.cuda.graph_pool_handle()
@@ -178,31 +209,37 @@ class _StepGraphs:
         groups = self.step.optimizer.param_groups
         return [tuple(v for k, v in sorted(g.items()) if k != "params" and not isinstance(v, Tensor)) for g in groups]
 
-    def __call__(self, x: Tensor, y: Tensor, plan: TrainingPlan | None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
+        step = self.step
         if self.refused:
-            return self.step.plain(x, y, plan)
-        if self.calls <= _WARMUP:
+            return step.plain(*step.prepared(x, y))
+        key = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, step.model.training)
+        batch = (x, y) if step.prepare is None else self.batches.get(key)
+        if self.calls <= _WARMUP or batch is None:  # what a new shape's batch looks like is known after one step
             # On the side stream, so that nothing the capture reuses was first allocated for the default stream.
-            self.stream.wait_stream(torch.cuda.current_stream(self.step.device))
+            self.stream.wait_stream(torch.cuda.current_stream(step.device))
             with torch.cuda.stream(self.stream):
-                loss = self.step.plain(x, y, plan)
-            torch.cuda.current_stream(self.step.device).wait_stream(self.stream)
-            loss.record_stream(torch.cuda.current_stream(self.step.device))
+                batch = step.prepared(x, y)
+                loss = step.plain(*batch)
+            torch.cuda.current_stream(step.device).wait_stream(self.stream)
+            loss.record_stream(torch.cuda.current_stream(step.device))
+            if step.prepare is not None:
+                self.batches[key] = batch
             return loss
+        plan = step.plan_of(*batch)
         if plan is None:  # a plan's optimizer reads its numbers from the device, or steps outside the graph
             self._forget_if_changed()
-        key = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, self.step.model.training)
         if key not in self.cache or self.cache[key].plan is not plan:
             try:
-                self.cache[key] = _Captured(self, x, y, plan)
+                self.cache[key] = _Captured(self, x, y, plan, batch)
             except RuntimeError as error:
                 # Nothing of a failed capture was executed: the batch is trained on below, outside a graph.
                 if self.required:
                     raise
                 self.refused = str(error)
                 log.warning("TrainStep runs without a CUDA graph: %s", error)
-                return self.step.plain(x, y, plan)
+                return step.plain(*step.prepared(x, y))
         return self.cache[key].replay(x, y)
 
     def _forget_if_changed(self) -> None:
@@ -222,9 +259,12 @@ class _Captured:
     """One captured step: static inputs, the graph, its loss and its gradients.
 
     plan: the graph holds the plan's calls, and what the plan does on the host around them is done at every replay.
+    batch: of the shapes that x and y are prepared to.
     """
 
-    def __init__(self, graphs: _StepGraphs, x: Tensor, y: Tensor, plan: TrainingPlan | None) -> None:
+    def __init__(
+        self, graphs: _StepGraphs, x: Tensor, y: Tensor, plan: TrainingPlan | None, batch: tuple[Tensor, Tensor]
+    ) -> None:
         step = self.step = graphs.step
         self.plan, self.update_inside = plan, graphs.update_inside
         self.x, self.y = x.clone(), y.clone()
@@ -232,10 +272,14 @@ class _Captured:
         # Gradients are allocated inside the graph's pool: the backward must find none to add to.
         step.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self.graph, pool=graphs.pool, stream=graphs.stream):
+            pair = step.prepared(self.x, self.y)
+            sizes, before = ([list(t.shape) for t in tensors] for tensors in (pair, batch))
+            if sizes != before:
+                raise RuntimeError(f"TrainStep: prepare expected to return the sizes of before, {before}, got {sizes}")
             if plan is not None:
-                self.loss = plan.launch(self.x, self.y)
+                self.loss = plan.launch(*pair)
                 return
-            self.loss = step.backward(self.x, self.y)
+            self.loss = step.backward(*pair)
             if self.update_inside:
                 step.update()
         self.grads = [(p, p.grad) for p in step.model.parameters() if p.grad is not None]

@@ -71,6 +71,22 @@ def captured(real):
     return method
 
 
+def captured_pair(real):
+    """TrainStep.prepared, likewise: its tensors are filled at every replay."""
+
+    def method(self, x, y):
+        graph = Graph.capturing
+        if graph is None or self.prepare is None:
+            return real(self, x, y)
+        state = torch.get_rng_state()
+        pair = [t.clone() for t in real(self, x, y)]
+        torch.set_rng_state(state)
+        graph.calls.append(lambda: [place.copy_(new) for place, new in zip(pair, real(self, x, y), strict=True)])
+        return pair
+
+    return method
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     nothing = types.SimpleNamespace(
@@ -85,6 +101,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(TrainingPlan, "launch", captured(TrainingPlan.launch))
     monkeypatch.setattr(InferencePlan, "run", captured(InferencePlan.run))
+    monkeypatch.setattr(fastconv.TrainStep, "prepared", captured_pair(fastconv.TrainStep.prepared))
 
 
 def step_of(model: nn.Module, graphs: bool, **options) -> fastconv.TrainStep:
@@ -133,6 +150,67 @@ def test_replays_train_as_the_plan_does(options, gpu, planner):
     both()
     both()
     assert not set(map(id, graphs.cache.values())) & {id(before[0])} and graphs.recaptures == 0
+
+
+class Crops:
+    """Batches by index, from images that stay where they are: shifted by random numbers."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(2)
+        self.images, self.labels, self.calls = torch.randn(20, 3, 8, 8), torch.randint(5, (20,)), 0
+
+    def __call__(self, index: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        assert not torch.is_grad_enabled()
+        return self.images[index] + torch.rand(len(index), 1, 1, 1), labels[index]
+
+
+def test_replays_prepare_their_batches(gpu, planner):
+    """Each replay its own, with new random numbers; a new shape is prepared once before it is captured."""
+    models = [fastconv.fuse(small_net(), inplace=True) for _ in range(2)]
+    makes = [Crops(), Crops()]
+    ours, plain = (
+        step_of(m, graphs, **options)
+        for m, graphs, options in zip(models, (True, False), ({"prepare": makes[0]}, {}), strict=True)
+    )
+    states = [torch.get_rng_state()] * 2
+
+    def both(size: int) -> None:
+        index = torch.randperm(20)[:size]
+        losses = []
+        for i, step in enumerate((ours, plain)):
+            before = torch.get_rng_state()
+            torch.set_rng_state(states[i])
+            with torch.no_grad():
+                batch = (index, makes[0].labels) if i == 0 else makes[1](index, makes[1].labels)
+            losses.append(step(*batch))
+            states[i] = torch.get_rng_state()
+            torch.set_rng_state(before)
+        assert torch.equal(*losses), losses
+
+    for _ in range(6):
+        both(2)
+    assert ours.captured == 1 and next(iter(ours._graphs.cache.values())).graph.replays == 3
+    both(3)
+    assert ours.captured == 1  # not known before
+    both(3)
+    both(2)
+    assert ours.captured == 2
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_prepared_sizes_may_not_change_under_a_graph(gpu, planner):
+    model, sizes = fastconv.fuse(small_net(), inplace=True), [2]
+    step = step_of(model, True, prepare=lambda x, y: tuple(t[: sizes[0]] for t in (x, y)))
+    pair = batch(4)
+    for _ in range(3):
+        step(*pair)
+    sizes[0] = 3
+    with pytest.raises(
+        RuntimeError, match=r"prepare expected to return the sizes of before, \[\[2, 3, 8, 8\], \[2\]\]"
+    ):
+        step(*pair)
 
 
 def test_a_step_that_no_plan_holds_is_refused_or_captured_as_it_is(gpu, planner):

@@ -271,6 +271,59 @@ def test_call_errors():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("fused", (False, True))
+def test_prepare_makes_the_batch(fused):
+    """The same losses and weights, bit for bit, as when the batches are made before the step."""
+    images, labels = torch.randint(256, (30, 3, 10, 10), dtype=torch.uint8), torch.randint(3, (30,))
+    scale = torch.ones(1, requires_grad=True)
+
+    def prepare(index, labels):
+        x = images[index].float() / 255 * scale
+        assert not x.requires_grad
+        return x, labels[index]
+
+    def model() -> nn.Module:
+        if not fused:
+            return net()
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        stock = nn.Sequential(*layers, nn.Linear(8, 3)).to(memory_format=torch.channels_last)
+        return fastconv.fuse(stock, inplace=True)
+
+    models = [model() for _ in range(2)]
+    steps = [
+        fastconv.TrainStep(m, nn.CrossEntropyLoss(), torch.optim.SGD(m.parameters(), 0.1), prepare=p)
+        for m, p in zip(models, (prepare, None), strict=True)
+    ]
+    for i in range(3):
+        index = torch.arange(6 * i, 6 * i + 6)
+        with torch.no_grad():
+            batch = prepare(index, labels)
+        assert torch.equal(steps[0](index, labels), steps[1](*batch))
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+    if fused and fastconv.backends()["cpu"]:
+        assert steps[0].plan_reason == ""
+
+
+def test_what_prepare_returns_is_checked():
+    model, (x, y) = net(), batches(1)[0]
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+
+    def call(prepare):
+        fastconv.TrainStep(model, nn.CrossEntropyLoss(), sgd, prepare=prepare)(x, y)
+
+    with pytest.raises(TypeError, match="TrainStep: prepare expected a callable or None, got int"):
+        call(3)
+    with pytest.raises(TypeError, match="TrainStep: prepare expected to return a pair of tensors, got Tensor"):
+        call(lambda x, y: x)
+    with pytest.raises(TypeError, match="TrainStep: prepare expected to return a pair of tensors, got 3 of them"):
+        call(lambda x, y: (x, y, y))
+    with pytest.raises(TypeError, match="TrainStep: prepare's y expected Tensor, got list"):
+        call(lambda x, y: (x, y.tolist()))
+    with pytest.raises(RuntimeError, match="TrainStep: prepare's x expected on cpu like the model, got meta"):
+        call(lambda x, y: (x.to("meta"), y))
+
+
 def test_errors_of_the_model_come_through():
     model = net()
     step = fastconv.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))

@@ -388,3 +388,21 @@ def test_the_report_says_in_words_what_its_numbers_say() -> None:
     ):
         assert part in text
     assert "peak GPU memory" not in text
+
+
+def test_batches_made_inside_the_step_train_the_same(main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fastconv does on a GPU, where the step's CUDA graph makes them."""
+    weights, asked = [], []
+
+    def inside(name: str, args, ranks) -> bool:
+        asked.append(name)
+        return len(weights) == 1
+
+    monkeypatch.setattr("training.trainee.prepares", inside)
+    for _ in range(2):
+        assert main("--max-steps", 3, "--augment", "--backend", "fastconv") == 0
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainees"]["fastconv"]
+        weights.append({**saved["model"], "losses": saved["losses"]})
+        (tmp_path / "checkpoint.pt").unlink()
+    assert asked == ["fastconv"] * 2
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -123,41 +123,57 @@ def _synthetic(train: int = 2048, test: int = 512, classes: int = 10) -> Dataset
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What happens in one epoch: the order of the images and each one's augmentation, by place in the epoch."""
+    """What happens in one epoch, by place in it: the image and its augmentation.
 
-    order: Tensor  # int64 [N]
-    shifts: Tensor | None  # int64 [N, 2]: rows and columns, 0 .. 2 * CROP_PADDING
-    flips: Tensor | None  # bool [N]
+    tickets: int64 [N, 1], the index of the image; with augmentation [N, 3], then the shift in rows and columns, 0 to
+    2 * CROP_PADDING; with mirrored images [N, 4], 1 where it is mirrored.
+    """
+
+    tickets: Tensor
+
+    @property
+    def order(self) -> Tensor:
+        return self.tickets[:, 0]
+
+    @property
+    def shifts(self) -> Tensor | None:
+        return self.tickets[:, 1:3] if self.tickets.shape[1] > 1 else None
+
+    @property
+    def flips(self) -> Tensor | None:
+        return self.tickets[:, 3].bool() if self.tickets.shape[1] > 3 else None
 
     @staticmethod
     def draw(count: int, seed: int, epoch: int, augment: bool, mirrors: bool) -> EpochPlan:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=generator)
-        if not augment:
-            return EpochPlan(order, None, None)
-        shifts = torch.randint(0, 2 * CROP_PADDING + 1, (count, 2), generator=generator)
-        flips = torch.rand(count, generator=generator) < 0.5
-        return EpochPlan(order, shifts, flips if mirrors else None)
-
-    def to(self, device: torch.device) -> EpochPlan:
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
-        return EpochPlan(self.order.to(device), move(self.shifts), move(self.flips))
+        columns = [torch.randperm(count, generator=generator)[:, None]]
+        if augment:
+            columns.append(torch.randint(0, 2 * CROP_PADDING + 1, (count, 2), generator=generator))
+            flips = torch.rand(count, generator=generator) < 0.5
+            columns += [flips[:, None].long()] if mirrors else []
+        return EpochPlan(torch.cat(columns, 1))
 
     def take(self, images: Tensor, places: slice | int) -> Tensor:
         """The images at these places of the epoch, augmented: uint8 [B, H, W, 3]."""
         if isinstance(places, int):
             places = slice(places, places + 1)
-        batch = images[self.order[places]]
-        if self.shifts is None:
-            return batch
-        size, height, width = batch.shape[:3]
-        rows = torch.arange(height, device=batch.device) + self.shifts[places, 0, None]
-        columns = torch.arange(width, device=batch.device) + self.shifts[places, 1, None]
-        if self.flips is not None:
-            columns = torch.where(self.flips[places, None], columns.flip(1), columns)
-        padded = F.pad(batch, (0, 0, CROP_PADDING, CROP_PADDING, CROP_PADDING, CROP_PADDING))
-        image = torch.arange(size, device=batch.device)[:, None, None]
-        return padded[image, rows[:, :, None], columns[:, None, :]]
+        return redeem(images, self.tickets[places])
+
+
+def redeem(images: Tensor, tickets: Tensor) -> Tensor:
+    """The images of these tickets, augmented: uint8 [B, H, W, 3]. Never waits for the device."""
+    plan = EpochPlan(tickets)
+    batch = images[plan.order]
+    if plan.shifts is None:
+        return batch
+    size, height, width = batch.shape[:3]
+    rows = torch.arange(height, device=batch.device) + plan.shifts[:, 0, None]
+    columns = torch.arange(width, device=batch.device) + plan.shifts[:, 1, None]
+    if plan.flips is not None:
+        columns = torch.where(plan.flips[:, None], columns.flip(1), columns)
+    padded = F.pad(batch, (0, 0, CROP_PADDING, CROP_PADDING, CROP_PADDING, CROP_PADDING))
+    image = torch.arange(size, device=batch.device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -194,12 +210,20 @@ class Batches:
 
     def stream(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of steps `step`, `step + 1`, ... (counted over all epochs)."""
+        return (self.make(*raw) for raw in self.raw(step))
+
+    def make(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of what `raw` gives; made by the device alone, so that a CUDA graph can hold it."""
+        images = x if self.args.loader == "torch" else normalize(redeem(self.part.images, x))
+        return enlarge(images, self.args.image_size), y
+
+    def raw(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tickets, labels) of steps `step`, `step + 1`, ...; from a DataLoader (images, labels)."""
         read = self._read_with_dataloader if self.args.loader == "torch" else self._read_on_device
         epoch, offset = divmod(step, self.steps_per_epoch)
         while True:
             plan = EpochPlan.draw(len(self.part), self.args.seed, epoch, self.args.augment, self.mirrors)
-            for images, labels in read(plan, offset):
-                yield enlarge(images, self.args.image_size), labels
+            yield from read(plan, offset)
             epoch, offset = epoch + 1, 0
 
     def _places(self, step: int) -> slice:
@@ -207,10 +231,11 @@ class Batches:
         return slice(start, start + self.args.batch_size)
 
     def _read_on_device(self, plan: EpochPlan, offset: int) -> Iterator[tuple[Tensor, Tensor]]:
-        plan = plan.to(self.device)
+        tickets = plan.tickets.to(self.device)
+        labels = self.part.labels[tickets[:, 0]]
         for step in range(offset, self.steps_per_epoch):
             places = self._places(step)
-            yield normalize(plan.take(self.part.images, places)), self.part.labels[plan.order[places]]
+            yield tickets[places], labels[places]
 
     def _read_with_dataloader(self, plan: EpochPlan, offset: int) -> Iterator[tuple[Tensor, Tensor]]:
         slices = (self._places(step) for step in range(offset, self.steps_per_epoch))

@@ -59,13 +59,15 @@ class Loop:
     def run(self) -> None:
         """Trains to the last step. Raises NonFiniteError or Interrupted, the checkpoint then as fresh as can be."""
         warm_from = self.step + WARMUP_STEPS[self.args.device.type]
-        stream = self.batches.stream(self.step)
+        stream = self.batches.raw(self.step)
         progress = Progress(self.total, self.step, visible=self.ranks.main)
         try:
             order = self.trainees
             while self.step < self.total:
                 block = list(itertools.islice(stream, self._block_length()))
-                losses = {t.name: t.run(block, self.step, self.step >= warm_from) for t in order}
+                made = [self.batches.make(*raw) for raw in block] if any(t.prepare is None for t in order) else []
+                warm = self.step >= warm_from
+                losses = {t.name: t.run(made if t.prepare is None else block, self.step, warm) for t in order}
                 order = order[::-1]
                 stopping = self._share(losses)
                 self._check(losses)

@@ -202,7 +202,8 @@ def _how(facts: dict) -> list[str]:
     unit = "block of up to 20 steps" if cuda else "step"
     lines = [
         "- Timed: the training step alone (forward, loss, backward, optimizer), batches made beforehand, "
-        f"{unit} by {unit}, without the warm-up at the start of the run.",
+        f"{unit} by {unit}, without the warm-up at the start of the run."
+        + (" fastconv on one GPU makes its batches inside its CUDA graph: that is timed too." if cuda else ""),
         "- Stock is eager PyTorch at its best without a compiler: channels_last, the fused optimizer, cudnn.benchmark, "
         "autocast where the precision asks for it. fastconv trains in the same layout and precision, with the same "
         "optimizer.",

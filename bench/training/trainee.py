@@ -85,6 +85,11 @@ class RandomStream:
         self._write(self.outer)
 
 
+def prepares(name: str, args, ranks) -> bool:
+    """Whether this backend's batches are made in its CUDA graph: some 20 kernels that the host need not launch."""
+    return name == "fastconv" and args.device.type == "cuda" and args.loader != "torch" and ranks.count == 1
+
+
 @dataclass
 class Block:
     """Some steps that were timed as one: a single step on the CPU, more on a GPU (see loop.py)."""
@@ -100,8 +105,11 @@ class Block:
 
 
 class Trainee:
-    def __init__(self, name: str, model: nn.Module, args, ranks, state: dict | None = None) -> None:
-        """Takes `model` over. `state`: what `state_dict` gave; loaded before anything derives from the weights."""
+    def __init__(self, name: str, model: nn.Module, args, ranks, state: dict | None = None, prepare=None) -> None:
+        """Takes `model` over. `state`: what `state_dict` gave; loaded before anything derives from the weights.
+
+        `prepare`: makes a batch of what `run` is given, inside the step, where the step can take it in (`prepares`).
+        """
         start = time.perf_counter()
         self.name, self.args, self.device = name, args, args.device
         allocated = self._allocated()
@@ -116,6 +124,7 @@ class Trainee:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.loss_fn = build_loss(args, name)
+        self.prepare = prepare if prepares(name, args, ranks) else None
         self.step = self._build_step(ranks)
         self.random = RandomStream(args.seed + ranks.rank, self.device)
         self.losses: list[float] = []  # by step, over the whole training
@@ -150,10 +159,15 @@ class Trainee:
 
         # DDP's all-reduces hang on hooks that a captured graph does not run
         graph = {"cuda_graph": False} if ranks.count > 1 else {}
-        return fastconv.TrainStep(model, self.loss_fn, self.optimizer, autocast_dtype=self.dtype, **graph)
+        return fastconv.TrainStep(
+            model, self.loss_fn, self.optimizer, autocast_dtype=self.dtype, prepare=self.prepare, **graph
+        )
 
     def run(self, batches: list[tuple[Tensor, Tensor]], first_step: int, warm: bool) -> list[float]:
-        """Trains on these batches and times them together. Returns the losses; the one host sync is after the last."""
+        """Trains on these batches (what `prepare` takes, if there is one) and times them together. Returns the losses.
+
+        The one host sync is after the last step.
+        """
         cuda = self.device.type == "cuda"
         losses = torch.empty(len(batches), device=self.device)
         if cuda:
