@@ -1,7 +1,7 @@
 """Convolution, batch norm and large linear layers in a training plan.
 
 A convolution's weight gradient is consumed by the optimizer while it lies in cache, after the data gradient has read
-the old weights.
+the old weights; on a few rows both gradients and the update are one pass over the weights.
 """
 
 from __future__ import annotations
