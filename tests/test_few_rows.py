@@ -9,15 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from util import check_sums, needs_vectors
 
 import fastconv
-from fastconv import _ext
 from fastconv._plan.optim import PlannedOptimizer
 
-if not _ext.HAS_EXT:
-    pytest.skip(_ext.EXT_REASON, allow_module_level=True)
-if _ext.build_info()["cpu_isa"] == "portable":
-    pytest.skip("stock convolves where there are no vector instructions", allow_module_level=True)
+needs_vectors()
 
 PLAN = torch.ops.fastconv_plan
 LAST = torch.channels_last
@@ -60,6 +57,7 @@ class Problem:
         size, pad = ((v, v) if isinstance(v, int) else v for v in (size, pad))
         self.dtype, self.settings = dtype, {"stride": stride, "padding": pad}
         self.geometry = [stride, stride, *pad, 1, 1, 1]
+        self.lists = [stride] * 2, list(pad), [1, 1], 1  # stride, padding, dilation, groups
         self.x = torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=LAST)
         weight = torch.randn(k, c, *size) / (c * size[0] * size[1]) ** 0.5
         self.w = weight.to(weight_dtype or dtype).contiguous(memory_format=LAST)
@@ -72,13 +70,6 @@ class Problem:
     def gradients(self, x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         x, w = x.double().requires_grad_(), w.double().requires_grad_()
         return torch.autograd.grad(F.conv2d(x, w, **self.settings), (x, w), g.double())
-
-
-def check(got: Tensor, oracle: Tensor, magnitude: Tensor) -> None:
-    """magnitude: the same sum of absolute values, which the rounding of fp32 sums is relative to."""
-    rounding = torch.finfo(got.dtype).eps / 2 if got.dtype is torch.bfloat16 else 0
-    error = (got.double() - oracle).abs()
-    assert bool((error <= 1.01 * rounding * oracle.abs() + 2**-20 * magnitude).all()), (error / magnitude).max()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -96,9 +87,8 @@ def test_forward(edge, dtype, weights):
     used = p.w.to(dtype)
     oracle = F.conv2d(p.x.double(), used.double(), **p.settings)
     magnitude = F.conv2d(p.x.double().abs(), used.double().abs(), **p.settings)
-    pairs = ([v] * 2 if isinstance(v, int) else list(v) for v in (p.settings["stride"], p.settings["padding"]))
-    out, _ = torch.ops.fastconv.conv2d_bias_act(p.x, p.w, None, None, *pairs, [1, 1], 1, "identity", False)
-    check(out, oracle, magnitude)
+    out, _ = torch.ops.fastconv.conv2d_bias_act(p.x, p.w, None, None, *p.lists, "identity", False)
+    check_sums(out, oracle, magnitude)
 
 
 @pytest.mark.parametrize("weights", ("the input's", "fp32"))
@@ -110,10 +100,9 @@ def test_data_gradient(edge, dtype, weights):
     oracle, magnitude = p.gradients(p.x, used, p.g), p.gradients(p.x.abs(), used.abs(), p.g.abs())
     dx = torch.full_like(p.x, torch.nan)
     PLAN.conv2d_input_grad(p.g, p.w if dtype is torch.float32 else used, None, p.geometry, dx)
-    check(dx, oracle[0], magnitude[0])
-    pairs = ([v] * 2 if isinstance(v, int) else list(v) for v in (p.settings["stride"], p.settings["padding"]))
-    again, _ = torch.ops.fastconv.conv2d_backward(p.g, p.x, p.w, *pairs, [1, 1], 1, [True, False])
-    check(again, oracle[0], magnitude[0])
+    check_sums(dx, oracle[0], magnitude[0])
+    again, _ = torch.ops.fastconv.conv2d_backward(p.g, p.x, p.w, *p.lists, [True, False])
+    check_sums(again, oracle[0], magnitude[0])
 
 
 def stepped(p: Problem, kind: type, options: dict, together: bool, steps: int) -> list[Tensor]:
@@ -166,8 +155,8 @@ def test_one_pass_against_fp64(edge, dtype):
     dx, hyper = torch.full_like(p.x, torch.nan), torch.tensor([1.0, 0, 0, 0]).double()
     used = weight if half is None else half
     PLAN.conv2d_backward_update(p.g, p.x, used, None, p.geometry, dx, weight, [], half, hyper, "sgd", False)
-    check(dx, oracle[0], magnitude[0])
-    check(weight, p.w.double() - oracle[1], p.w.double().abs() + magnitude[1])
+    check_sums(dx, oracle[0], magnitude[0])
+    check_sums(weight, p.w.double() - oracle[1], p.w.double().abs() + magnitude[1])
 
 
 @pytest.mark.parametrize("edge", ("3x3 on one pixel", "2x3 kernel", "3x3, strided"))

@@ -8,14 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from util import check_sums, needs_vectors
 
 import fastconv
-from fastconv import _ext
 
-if not _ext.HAS_EXT:
-    pytest.skip(_ext.EXT_REASON, allow_module_level=True)
-if _ext.build_info()["cpu_isa"] == "portable":
-    pytest.skip("stock convolves where there are no vector instructions", allow_module_level=True)
+needs_vectors()
 
 PLAN = torch.ops.fastconv_plan
 LAST = torch.channels_last
@@ -49,21 +46,14 @@ def forward(x: Tensor, weight: Tensor, settings: dict, geometry: list[int], pack
     return out
 
 
-def check(got: Tensor, oracle: Tensor, magnitude: Tensor) -> None:
-    """magnitude: the same sum of absolute values, which the rounding of fp32 sums is relative to."""
-    rounding = torch.finfo(got.dtype).eps / 2 if got.dtype is torch.bfloat16 else 0
-    error = (got.double() - oracle).abs()
-    assert bool((error <= 1.01 * rounding * oracle.abs() + 2**-19 * magnitude).all()), (error / magnitude).max()
-
-
 @DTYPES
 @pytest.mark.parametrize("edge", EDGES, ids=str)
 def test_forward(edge, dtype):
     x, weight, settings, geometry = problem(edge, dtype)
     oracle = F.conv2d(x.double(), weight.double(), **settings)
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), **settings)
-    check(forward(x, weight, settings, geometry), oracle, magnitude)
-    check(forward(x, weight, settings, geometry, PLAN.conv2d_pack(x, weight, geometry)), oracle, magnitude)
+    check_sums(forward(x, weight, settings, geometry), oracle, magnitude)
+    check_sums(forward(x, weight, settings, geometry, PLAN.conv2d_pack(x, weight, geometry)), oracle, magnitude)
 
 
 @DTYPES
@@ -80,8 +70,8 @@ def test_gradients(edge, dtype):
     grad_x, grad_weight = torch.full_like(x, torch.nan), torch.full_like(weight, torch.nan, dtype=torch.float32)
     PLAN.conv2d_input_grad(g, weight, None, geometry, grad_x)
     PLAN.conv2d_weight_grad(g, x, weight, geometry, grad_weight)
-    check(grad_x, oracle[0], magnitude[0])
-    check(grad_weight, oracle[1], magnitude[1])
+    check_sums(grad_x, oracle[0], magnitude[0])
+    check_sums(grad_weight, oracle[1], magnitude[1])
 
 
 @pytest.mark.parametrize("channels", (34, 64))
@@ -112,5 +102,5 @@ def test_one_wide_position_with_a_stride(groups, padding):
     for _ in range(20):
         left = [torch.full((size,), torch.nan) for size in (64, 256, 1024, 4096, 16384)]
         del left
-        check(fastconv.functional.conv2d_bias_act(x, weight, stride=(1, 4), padding=(2, padding), groups=groups,
+        check_sums(fastconv.functional.conv2d_bias_act(x, weight, stride=(1, 4), padding=(2, padding), groups=groups,
                                                   activation="identity"), oracle, magnitude)  # fmt: skip

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv.functional as FF
-from fastconv import reference
+from fastconv import _ext, reference
 
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "hardswish")
 STOCK_ACTIVATION = {
@@ -236,3 +237,18 @@ def assert_format(what: str, result: Tensor, *sources: Tensor) -> None:
         f"{what}: strides {result.stride()} of shape {tuple(result.shape)}, expected {expected} like "
         f"{[(tuple(t.shape), t.stride()) for t in sources]}"
     )
+
+
+def needs_vectors() -> None:
+    """Skips a module of tests where the CPU has no convolution engine of its own."""
+    if not _ext.HAS_EXT:
+        pytest.skip(_ext.EXT_REASON, allow_module_level=True)
+    if _ext.build_info()["cpu_isa"] == "portable":
+        pytest.skip("stock convolves where there are no vector instructions", allow_module_level=True)
+
+
+def check_sums(got: Tensor, oracle: Tensor, magnitude: Tensor) -> None:
+    """Sums of products against fp64. magnitude: the sum of absolute values, which fp32's rounding is relative to."""
+    rounding = torch.finfo(got.dtype).eps / 2 if got.dtype is torch.bfloat16 else 0
+    error = (got.double() - oracle).abs()
+    assert bool((error <= 1.01 * rounding * oracle.abs() + 2**-19 * magnitude).all()), (error / magnitude).max()

@@ -42,14 +42,10 @@ struct TilesInPlace {
 // t[0]: lane l is the sum of vector l's lanes. Halves the vectors log2(kLanes) times.
 template <int D>
 FASTCONV_INLINE void add_lanes(f32v (&t)[kLanes]) {
-  i32v low, high;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = (l & D) ? kLanes + l - D : l;
-    high[l] = (l & D) ? kLanes + l : l + D;
-  }
+  const StageLanes<D> lanes;  // the sums of a transpose's rows
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; i += 2 * D)
-    t[i] = __builtin_shuffle(t[i], t[i + D], low) + __builtin_shuffle(t[i], t[i + D], high);
+    t[i] = __builtin_shuffle(t[i], t[i + D], lanes.low) + __builtin_shuffle(t[i], t[i + D], lanes.high);
   if constexpr (D * 2 < kLanes) add_lanes<D * 2>(t);
 }
 

@@ -20,19 +20,27 @@
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
+// How a stage of the transpose shuffles vectors i and i + D: into i and into i + D.
+template <int D>
+struct StageLanes {
+  i32v low, high;
+  FASTCONV_INLINE StageLanes() {
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = (l & D) ? kLanes + l - D : l;
+      high[l] = (l & D) ? kLanes + l : l + D;
+    }
+  }
+};
+
 template <int D>
 FASTCONV_INLINE void transpose_stage(u32v (&t)[kLanes]) {
-  i32v low, high;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = (l & D) ? kLanes + l - D : l;
-    high[l] = (l & D) ? kLanes + l : l + D;
-  }
+  const StageLanes<D> lanes;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & D) continue;
     const u32v a = t[i], b = t[i + D];
-    t[i] = __builtin_shuffle(a, b, low);
-    t[i + D] = __builtin_shuffle(a, b, high);
+    t[i] = __builtin_shuffle(a, b, lanes.low);
+    t[i + D] = __builtin_shuffle(a, b, lanes.high);
   }
 }
 
