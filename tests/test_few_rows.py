@@ -41,6 +41,7 @@ MANY = {
 EDGES = {**FEW, **MANY}
 EDGE = pytest.mark.parametrize("edge", EDGES)
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+WEIGHTS = pytest.mark.parametrize("weight_dtype", (None, torch.float32), ids=("the input's", "fp32"))
 # a larger eps: else tiny gradients are stepped by their sign, which rounding decides
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
@@ -72,18 +73,18 @@ class Problem:
         return torch.autograd.grad(F.conv2d(x, w, **self.settings), (x, w), g.double())
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@DTYPES
 def test_which_ones_are_stepped_in_place(dtype):
     for edge in EDGES:
         p = Problem(edge, dtype)
         assert PLAN.conv2d_steps_in_place(p.x, p.w, p.geometry) == (edge in FEW), edge
 
 
-@pytest.mark.parametrize("weights", ("the input's", "fp32"))
+@WEIGHTS
 @DTYPES
 @EDGE
-def test_forward(edge, dtype, weights):
-    p = Problem(edge, dtype, torch.float32 if weights == "fp32" else None)
+def test_forward(edge, dtype, weight_dtype):
+    p = Problem(edge, dtype, weight_dtype)
     used = p.w.to(dtype)
     oracle = F.conv2d(p.x.double(), used.double(), **p.settings)
     magnitude = F.conv2d(p.x.double().abs(), used.double().abs(), **p.settings)
@@ -91,11 +92,11 @@ def test_forward(edge, dtype, weights):
     check_sums(out, oracle, magnitude)
 
 
-@pytest.mark.parametrize("weights", ("the input's", "fp32"))
+@WEIGHTS
 @DTYPES
 @EDGE
-def test_data_gradient(edge, dtype, weights):
-    p = Problem(edge, dtype, torch.float32 if weights == "fp32" else None)
+def test_data_gradient(edge, dtype, weight_dtype):
+    p = Problem(edge, dtype, weight_dtype)
     used = p.w.to(dtype)
     oracle, magnitude = p.gradients(p.x, used, p.g), p.gradients(p.x.abs(), used.abs(), p.g.abs())
     dx = torch.full_like(p.x, torch.nan)

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "conv_rows.h"
@@ -23,41 +22,6 @@ namespace {
 constexpr int64_t kSumBytes = 512 << 10;  // of dx: half of a 1 MB L2
 constexpr int64_t kStepWork = 8;          // of a weight and its state, in pairs
 constexpr int64_t kPartFilters = 64, kMaxParts = 32;
-
-// The positions (o, i) of output and input that tap t of one axis joins.
-std::vector<std::pair<int64_t, int64_t>> joined(int64_t in, int64_t out, int64_t stride, int64_t pad, int64_t dil,
-                                                int64_t t) {
-  std::vector<std::pair<int64_t, int64_t>> pairs;
-  for (int64_t o = 0; o < out; ++o) {
-    if (tap_touches(in, stride, pad, dil, o, t)) pairs.emplace_back(o, o * stride - pad + t * dil);
-  }
-  return pairs;
-}
-
-// Live taps; with `dead`, the others too. Empty where a tap joins more than kFewRows.
-std::vector<FewRowsTap> list_taps(const ConvParams& p, bool dead) {
-  std::vector<FewRowsTap> taps;
-  int64_t first = 0;
-  for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
-    FewRowsTap next{tap * p.c, 0, 0, first, {}, {}};
-    const auto h = joined(p.h, p.p, p.stride_h, p.pad_h, p.dil_h, tap / p.s);
-    const auto w = joined(p.w, p.q, p.stride_w, p.pad_w, p.dil_w, tap % p.s);
-    if (p.n * static_cast<int64_t>(h.size() * w.size()) > kFewRows) return {};
-    for (int64_t n = 0; n < p.n; ++n) {
-      for (const auto& [oh, ih] : h) {
-        for (const auto& [ow, iw] : w) {
-          next.z[next.pairs] = static_cast<int32_t>((n * p.p + oh) * p.q + ow);
-          next.x[next.pairs++] = static_cast<int32_t>((n * p.h + ih) * p.w + iw);
-        }
-      }
-    }
-    if (next.pairs == 0 && !dead) continue;
-    next.padded = next.pairs <= 4 ? 4 : next.pairs <= 8 ? 8 : kFewRows;
-    first += next.padded;
-    taps.push_back(next);
-  }
-  return taps;
-}
 
 // run(task) on every thread's parts, then the sum of the parts.
 template <class T, class W, class F>
@@ -103,42 +67,60 @@ void share_out(const ConvParams& p, const std::vector<FewRowsTap>& taps, FewRows
 
 }  // namespace
 
-bool few_rows_worthwhile(const ConvParams& p, int64_t element, bool step) {
-  if (rows_refusal(p, element) != nullptr || active_isa() == Isa::portable) return false;
+std::vector<FewRowsTap> few_rows_taps(const ConvParams& p, int64_t element, bool step, bool dead) {
+  if (rows_refusal(p, element) != nullptr || active_isa() == Isa::portable) return {};
   if (p.c % tile_shape<float>().columns != 0 || p.k % kFewFilters != 0 || p.n * p.h * p.w * p.c * 4 > kSumBytes)
-    return false;
-  if (p.n * p.p * p.q > kFewRows * p.r * p.s) return false;  // without a list of them
-  const std::vector<FewRowsTap> taps = list_taps(p, false);
-  if (taps.empty()) return false;
-  const int64_t pairs = taps.back().first + taps.back().padded;
+    return {};
+  if (p.n * p.p * p.q > kFewRows * p.r * p.s) return {};  // without a list of them
+  const RowsAxis h(p.p, p.h, p.r, p.stride_h, p.pad_h, p.dil_h, false);
+  const RowsAxis w(p.q, p.w, p.s, p.stride_w, p.pad_w, p.dil_w, false);
+  std::vector<FewRowsTap> taps;
+  int64_t first = 0, live = 0;
+  for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
+    FewRowsTap next{tap * p.c, 0, 0, first, {}, {}};
+    for (int64_t row = 0; row < p.n * p.p * p.q; ++row) {
+      const int64_t ih = h.in[row / p.q % p.p * p.r + tap / p.s], iw = w.in[row % p.q * p.s + tap % p.s];
+      if (ih < 0 || iw < 0) continue;
+      if (next.pairs == kFewRows) return {};
+      next.z[next.pairs] = static_cast<int32_t>(row);
+      next.x[next.pairs++] = static_cast<int32_t>((row / (p.p * p.q) * p.h + ih) * p.w + iw);
+    }
+    if (next.pairs > 0) ++live;
+    if (next.pairs == 0 && !dead) continue;
+    next.padded = next.pairs <= 4 ? 4 : next.pairs <= 8 ? 8 : kFewRows;
+    first += next.padded;
+    taps.push_back(next);
+  }
   // Without a step, bf16 panels lose to the weights in place up to 8 pairs: 110 us to 75 with 4 (512 -> 2048), 100 to
   // 75 with 4 to 16 (3x3x256 on 2x2), but 50 to 60 with 16 (256 -> 1024).
-  return step || element == 4 || pairs <= 8 * static_cast<int64_t>(taps.size());
+  return live > 0 && (step || element == 4 || first <= 8 * live) ? taps : std::vector<FewRowsTap>();
 }
 
 template <class T, class W>
-void few_rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const RowsEpilogue<T>& e) {
+void few_rows_input_grad(const ConvParams& p, const std::vector<FewRowsTap>& taps, const T* dz, const W* weight,
+                         const RowsEpilogue<T>& e) {
   FewRowsTask<T, W> t{};
   t.dz = dz, t.weight = weight, t.epilogue = e;
   const auto kernel = FASTCONV_VECTORS_PICK(few_rows_input_grad<T, W>);
-  share_out(p, list_taps(p, false), t, [&](const FewRowsTask<T, W>& mine) { kernel(mine); });
+  share_out(p, taps, t, [&](const FewRowsTask<T, W>& mine) { kernel(mine); });
 }
 
 template <class T>
-void few_rows_step(const ConvParams& p, const T* dz, const T* x, bool skip_dead, const RowsEpilogue<T>& e,
-                   const WeightStep& step) {
+void few_rows_step(const ConvParams& p, const std::vector<FewRowsTap>& taps, const T* dz, const T* x,
+                   const RowsEpilogue<T>& e, const WeightStep& step) {
   FewRowsTask<T, float> t{};
   t.dz = dz, t.x = x, t.weight = step.w, t.epilogue = e;
   const auto kernel = FASTCONV_VECTORS_PICK(few_rows_step<T>);
-  share_out(p, list_taps(p, !skip_dead), t, [&](const FewRowsTask<T, float>& mine) { kernel(mine, step); });
+  share_out(p, taps, t, [&](const FewRowsTask<T, float>& mine) { kernel(mine, step); });
 }
 
-#define FASTCONV_FEW_ROWS_GRAD(T, W) \
-  template void few_rows_input_grad<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&);
-#define FASTCONV_FEW_ROWS(T)                                                                          \
-  FASTCONV_FEW_ROWS_GRAD(T, T)                                                                        \
-  template void few_rows_step<T>(const ConvParams&, const T*, const T*, bool, const RowsEpilogue<T>&, \
-                                 const WeightStep&);
+#define FASTCONV_FEW_ROWS_GRAD(T, W)                                                                             \
+  template void few_rows_input_grad<T, W>(const ConvParams&, const std::vector<FewRowsTap>&, const T*, const W*, \
+                                          const RowsEpilogue<T>&);
+#define FASTCONV_FEW_ROWS(T)                                                                            \
+  FASTCONV_FEW_ROWS_GRAD(T, T)                                                                          \
+  template void few_rows_step<T>(const ConvParams&, const std::vector<FewRowsTap>&, const T*, const T*, \
+                                 const RowsEpilogue<T>&, const WeightStep&);
 FASTCONV_FEW_ROWS(float)
 FASTCONV_FEW_ROWS(bf16)
 FASTCONV_FEW_ROWS_GRAD(bf16, float)

@@ -92,30 +92,29 @@ std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transpos
   return made;
 }
 
-// Whether the weights are read where they lie (conv_rows_dots.h): few rows, whole tiles of columns, whole vectors of
-// channels.
+// The plan of a forward pass that reads the weights where they lie (conv_rows_dots.h): few rows, whole tiles of
+// columns, whole vectors of channels. Else null. Tile registers want packed weights sooner: from the second tile of
+// vectors on.
 template <class T>
-bool reads_in_place(const RowsPlanData& d) {
-  const RowsPlan& p = d.plan;
-  const int64_t step = d.shape.columns / 2 * (4 / static_cast<int64_t>(sizeof(T)));
-  return d.tiles <= kInPlaceTiles && p.columns % d.shape.columns == 0 && p.gather_r == 0 && p.reduce % step == 0;
+std::shared_ptr<const RowsPlanData> plan_in_place(const ConvParams& p) {
+  const RowsShape shape = tile_registers<T>() ? kVectorTile : tile_shape<T>();
+  if (p.n * p.p * p.q > shape.rows * (tile_registers<T>() ? 1 : kInPlaceTiles)) return nullptr;
+  auto kept = kept_plan<T>(p, false, shape);
+  const RowsPlan& plan = kept->plan;
+  const int64_t step = shape.columns / 2 * (4 / static_cast<int64_t>(sizeof(T)));
+  const bool fits = kept->tiles <= kInPlaceTiles && plan.columns % shape.columns == 0 && plan.gather_r == 0 &&
+                    plan.reduce % step == 0;
+  return fits ? kept : nullptr;
 }
 
 template <class T, class W>
 void run_rows(const ConvParams& p, bool transposed, const T* input, const W* weight, const void* packed,
               const RowsEpilogue<T>& e) {
-  RowsShape shape = tile_shape<T>();
   std::shared_ptr<const RowsPlanData> kept;
-  bool in_place = false;
-  // A tile register's product wants packed weights whatever the rows: there a single tile of vectors.
-  const int64_t few = tile_registers<T>() ? kVectorTile.rows : kVectorTile.rows * kInPlaceTiles;
-  if (!transposed && packed == nullptr && p.n * p.p * p.q <= few) {
-    const RowsShape vectors = tile_registers<T>() ? kVectorTile : shape;
-    kept = kept_plan<T>(p, transposed, vectors);
-    in_place = reads_in_place<T>(*kept);
-    if (in_place) shape = vectors;
-  }
-  if (!in_place) kept = kept_plan<T>(p, transposed, shape);
+  if (!transposed && packed == nullptr) kept = plan_in_place<T>(p);
+  const bool in_place = kept != nullptr;
+  if (!in_place) kept = kept_plan<T>(p, transposed, tile_shape<T>());
+  const RowsShape shape = kept->shape;
   const RowsPlanData& d = *kept;
   const int64_t channels = transposed ? p.k : p.c;
   if (d.plan.gather_r > 0)
@@ -225,10 +224,11 @@ void rows_forward(const ConvParams& p, const T* x, const W* weight, const void* 
 
 template <class T, class W>
 void rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const void* packed, const RowsEpilogue<T>& e) {
-  if (packed == nullptr && few_rows_worthwhile(p, sizeof(T), false)) {
-    few_rows_input_grad<T, W>(p, dz, weight, e);
-  } else {
+  const auto taps = packed == nullptr ? few_rows_taps(p, sizeof(T), false, false) : std::vector<FewRowsTap>();
+  if (taps.empty()) {
     run_rows<T, W>(p, true, dz, weight, packed, e);
+  } else {
+    few_rows_input_grad<T, W>(p, taps, dz, weight, e);
   }
 }
 

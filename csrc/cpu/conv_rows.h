@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "kernels/conv_rows_types.h"
 
@@ -52,13 +53,15 @@ void rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const vo
 
 // The same from the weights where they lie, where every tap joins a few rows only (kernels/conv_few_rows.h). And the
 // step of an optimizer by the weight gradient on the way, where step.w is the fp32 weight: with bf16 dx is that of its
-// rounded values. skip_dead: weights of taps that read no input are left alone.
-bool few_rows_worthwhile(const ConvParams& p, int64_t element, bool step);
+// rounded values. The weights of the taps in the list are stepped, others left alone.
 template <class T, class W>
-void few_rows_input_grad(const ConvParams& p, const T* dz, const W* weight, const RowsEpilogue<T>& e);
+void few_rows_input_grad(const ConvParams& p, const std::vector<FewRowsTap>& taps, const T* dz, const W* weight,
+                         const RowsEpilogue<T>& e);
 template <class T>
-void few_rows_step(const ConvParams& p, const T* dz, const T* x, bool skip_dead, const RowsEpilogue<T>& e,
-                   const WeightStep& step);
+void few_rows_step(const ConvParams& p, const std::vector<FewRowsTap>& taps, const T* dz, const T* x,
+                   const RowsEpilogue<T>& e, const WeightStep& step);
+// For either: the live taps, with `dead` those that read no input too; empty where it is not faster, or cannot be done.
+std::vector<FewRowsTap> few_rows_taps(const ConvParams& p, int64_t element, bool step, bool dead);
 
 // dw[k,r,s,c] (D: T, or float), every element written; exactly zero for taps that read no input.
 template <class T, class D>

@@ -6,6 +6,8 @@
 
 #include <torch/library.h>
 
+#include <vector>
+
 #include "../host/plan_check.h"
 #include "batch_norm_act.h"
 #include "conv2d.h"
@@ -99,11 +101,17 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   if (!done) update.apply_all(aten_weight_grad(p, grad_output, input, weight));
 }
 
+// The taps that one pass over the weights steps on the way to both gradients; none where it takes two.
+std::vector<FewRowsTap> stepped_taps(const ConvParams& p, const at::Tensor& input, bool dead) {
+  const at::ScalarType type = input.scalar_type();
+  if (type != at::kFloat && type != at::kBFloat16) return {};
+  return few_rows_taps(p, input.element_size(), true, dead);
+}
+
 // Whether one pass over the weights computes both gradients and steps them: few rows.
 bool conv2d_steps_in_place(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef geometry) {
   const ConvParams p = plan_conv_params("fastconv_plan::conv2d_steps_in_place", input, weight, geometry);
-  const at::ScalarType type = input.scalar_type();
-  return (type == at::kFloat || type == at::kBFloat16) && few_rows_worthwhile(p, input.element_size(), true);
+  return !stepped_taps(p, input, false).empty();
 }
 
 // grad_input = the gradient + addend, of the weights as they are; then the update above.
@@ -120,7 +128,8 @@ void conv2d_backward_update(const at::Tensor& grad_output, const at::Tensor& inp
   const void* same = input.scalar_type() == at::kFloat ? parameter.const_data_ptr()
                      : given(half)                     ? half->const_data_ptr()
                                                        : nullptr;
-  if (weight.const_data_ptr() != same || !conv2d_steps_in_place(input, weight, geometry)) {
+  const auto taps = weight.const_data_ptr() == same ? stepped_taps(p, input, !skip_dead) : std::vector<FewRowsTap>();
+  if (taps.empty()) {
     conv2d_input_grad(grad_output, weight, addend, geometry, grad_input);
     conv2d_weight_grad_update(grad_output, input, weight, geometry, parameter, state, half, hyper, optimizer,
                               skip_dead);
@@ -129,7 +138,7 @@ void conv2d_backward_update(const at::Tensor& grad_output, const at::Tensor& inp
   const WeightUpdate update(op, parameter, state, half, hyper, optimizer);
   const auto run = [&](auto tag) {
     using T = typename decltype(tag)::type;
-    few_rows_step<T>(p, const_data<T>(grad_output), const_data<T>(input), skip_dead,
+    few_rows_step<T>(p, taps, const_data<T>(grad_output), const_data<T>(input),
                      {data<T>(grad_input), nullptr, const_data<T>(or_none(addend)), nullptr, nullptr, Act::identity},
                      update.step());
   };

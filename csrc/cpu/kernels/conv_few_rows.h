@@ -47,7 +47,7 @@ FASTCONV_INLINE float one_float(bf16 x) {
   return y;
 }
 
-// Filters a and b, interleaved as pairs of bf16.
+// Filters a and b (or rows), rounded to bf16 and interleaved as pairs; zip_units() of registers.
 FASTCONV_INLINE u32v zip_filters(f32v a, f32v b) {
 #ifdef FASTCONV_DPBF16
   typedef uint16_t u16w __attribute__((vector_size(FASTCONV_VEC_BYTES)));
@@ -55,7 +55,7 @@ FASTCONV_INLINE u32v zip_filters(f32v a, f32v b) {
   for (int i = 0; i < 2 * kLanes; ++i) order[i] = (uint16_t)(i / 2 + (i % 2) * kLanes);
   return (u32v)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 #else
-  return (u32v)a | (u32v)b;  // not called
+  return ((u32v)widen(bf16{}, narrow(bf16{}, a)) >> 16) | (u32v)widen(bf16{}, narrow(bf16{}, b));
 #endif
 }
 

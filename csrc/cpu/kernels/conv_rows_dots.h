@@ -5,6 +5,10 @@
 // A filter and what a row reads of a segment are both runs of memory: lanes are channels, R rows meet F filters in
 // registers, and the lanes are added up at the end. Eight filters at a time meet all tiles, while the lines of the next
 // eight are asked for: w is read once, in order. FLOPs: 2 * rows * live taps * C * K; bytes: w once.
+//
+// Measured, 2 cores of a Zen 4, weights from memory (ResNet50's training step at 32 px, batch 4), us, packed on the way
+// : here, fp32 and bf16: 512 -> 2048 with 4 rows 165 : 131 and 83 : 64; 1024 -> 256 with 16 rows 76 : 65 and 37 : 28;
+// 3x3x256 on 2x2 125 : 95 and 67 : 38. The first is at the rate of plain reading. 32 rows: no difference; 64: 49 : 70.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
