@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--seconds N] OUTDIR [PART...]
 #
 #   PART: info build fragments test sanitize tune ops train plan pdl   (the default: these, in this order)
-#         simt test_all ops_all train_fp32 compile                (by name only: they take longer)
+#         simt test_all ops_all train_fp32 compile streams        (by name only: they take longer)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log. Every part has a time limit, the default parts' add up
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.." || exit 2
 # Seconds, on 16 cores and one GPU. Estimates: no GPU has run them yet.
 declare -A LIMIT=(
   [info]=15 [build]=150 [fragments]=20 [test]=100 [sanitize]=75 [tune]=50 [ops]=60 [train]=55 [plan]=40 [pdl]=30
-  [simt]=600 [test_all]=600 [ops_all]=600 [train_fp32]=60 [compile]=600
+  [simt]=600 [test_all]=600 [ops_all]=600 [train_fp32]=60 [compile]=600 [streams]=60
 )
 DEFAULT=(info build fragments test sanitize tune ops train plan pdl)
 
@@ -160,6 +160,16 @@ part_pdl() {
   return $status
 }
 
+# The planned training step with its weight gradients on a second stream and without; rows beside those of stock's graph.
+part_streams() {
+  local streams status=0
+  for streams in 1 2; do
+    FASTCONV_STREAMS=$streams "$PYTHON" bench/train_step.py --device cuda --out "$out/streams_$streams" --dtype bf16 \
+      --batch 4 128 --quick || status=1
+  done
+  return $status
+}
+
 usage() {
   sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
   exit 2
@@ -186,7 +196,7 @@ fi
 [ $# -gt 0 ] || set -- "${DEFAULT[@]}"
 for part in "$@"; do
   if [ -z "${LIMIT[$part]:-}" ]; then
-    echo "bench/gpu.sh: no part named $part (${DEFAULT[*]} simt test_all ops_all train_fp32 compile)" >&2
+    echo "bench/gpu.sh: no part named $part (${DEFAULT[*]} simt test_all ops_all train_fp32 compile streams)" >&2
     exit 2
   fi
 done

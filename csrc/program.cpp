@@ -12,9 +12,12 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <map>
+#include <memory>
 #include <utility>
 
 #include "host/tensor.h"
+#include "lanes.h"
 
 namespace fastconv {
 namespace {
@@ -35,7 +38,7 @@ class Program : public torch::CustomClassHolder {
     TORCH_CHECK(results.empty() || results.size() == op.schema().returns().size(), "Program: results of ", name,
                 " expected ", op.schema().returns().size(), " entries, got ", results.size());
     TORCH_CHECK(inputs.size() % 3 == 0, "Program: inputs expected triples, got ", inputs.size(), " integers");
-    Call c{op, {}, {}, results, {}};
+    Call c{op, {}, {}, results, {}, false};
     for (size_t i = 0; i < wanted; ++i) {
       const c10::IValue v = arguments.get(i);
       // An empty list of Python has no element type: it comes as None.
@@ -70,6 +73,16 @@ class Program : public torch::CustomClassHolder {
     TORCH_CHECK_INDEX(call >= 0 && call < size(), "Program: call expected below ", size(), ", got ", call);
     for (const int64_t slot : slots) calls_[call].released.push_back(at(slot));
   }
+  // The call runs aside (lanes.h): beside those after it, until the call `join` or, where that is size(), until the
+  // end. device: of the second stream. The program has all its calls by then.
+  void aside(int64_t call, int64_t join, c10::Device device) {
+    TORCH_CHECK_INDEX(call >= 0 && call < size(), "Program: call expected below ", size(), ", got ", call);
+    TORCH_CHECK_INDEX(join > call && join <= size(), "Program: join expected above ", call, " and at most ", size(),
+                      ", got ", join);
+    if (!lanes_) lanes_ = std::make_unique<Lanes>(device, c10::impl::VirtualGuardImpl(device.type()));
+    calls_[call].aside = true;
+    joins_[join] = std::max(joins_[join], call);
+  }
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
   void run() {
@@ -96,27 +109,24 @@ class Program : public torch::CustomClassHolder {
   void run_calls(const After& after) {
     const PlainDispatch guard;
     torch::jit::Stack stack;
-    for (size_t call = 0; call < calls_.size(); ++call) {
-      const Call& c = calls_[call];
-      stack.assign(c.arguments.begin(), c.arguments.end());
-      for (const Input& in : c.inputs) {
-        if (in.element < 0) {
-          stack[in.argument] = slots_[in.slot];
-        } else {  // the list is this call's own: it is overwritten at every run
-          stack[in.argument].toTensorList().set(in.element, slots_[in.slot].toTensor());
+    auto next = joins_.begin();
+    const auto join = [&](size_t call) {
+      for (; next != joins_.end() && next->first <= static_cast<int64_t>(call); ++next) lanes_->join(next->second);
+    };
+    try {
+      for (size_t call = 0; call < calls_.size(); ++call) {
+        join(call);
+        if (calls_[call].aside) {
+          lanes_->aside(call, [this, call, &stack] { run_call(calls_[call], stack); });
+        } else {
+          run_call(calls_[call], stack);
         }
+        after(call);
       }
-      c.op.callBoxed(stack);
-      for (size_t i = 0; i < c.results.size(); ++i) {
-        if (c.results[i] >= 0) slots_[c.results[i]] = std::move(stack[i]);
-      }
-      if (!c.released.empty()) {
-        for (const int64_t slot : c.released) slots_[slot] = c10::IValue();
-        for (const Input& in : c.inputs) {  // a bound list holds what it was given for this run
-          if (in.element >= 0) c.arguments[in.argument].toTensorList().set(in.element, at::Tensor());
-        }
-      }
-      after(call);
+      join(calls_.size());
+    } catch (...) {
+      if (lanes_) lanes_->abandon();
+      throw;
     }
   }
 
@@ -128,7 +138,28 @@ class Program : public torch::CustomClassHolder {
     std::vector<c10::IValue> arguments;
     std::vector<Input> inputs;
     std::vector<int64_t> results, released;
+    bool aside = false;
   };
+
+  void run_call(const Call& c, torch::jit::Stack& stack) {
+    stack.assign(c.arguments.begin(), c.arguments.end());
+    for (const Input& in : c.inputs) {
+      if (in.element < 0) {
+        stack[in.argument] = slots_[in.slot];
+      } else {  // the list is this call's own: it is overwritten at every run
+        stack[in.argument].toTensorList().set(in.element, slots_[in.slot].toTensor());
+      }
+    }
+    c.op.callBoxed(stack);
+    for (size_t i = 0; i < c.results.size(); ++i) {
+      if (c.results[i] >= 0) slots_[c.results[i]] = std::move(stack[i]);
+    }
+    if (c.released.empty()) return;
+    for (const int64_t slot : c.released) slots_[slot] = c10::IValue();
+    for (const Input& in : c.inputs) {  // a bound list holds what it was given for this run
+      if (in.element >= 0) c.arguments[in.argument].toTensorList().set(in.element, at::Tensor());
+    }
+  }
 
   static size_t check_slots(int64_t slots) {
     TORCH_CHECK_VALUE(slots >= 0, "Program: slots expected at least 0, got ", slots);
@@ -142,6 +173,8 @@ class Program : public torch::CustomClassHolder {
 
   std::vector<c10::IValue> slots_;
   std::vector<Call> calls_;
+  std::map<int64_t, int64_t> joins_;  // call: the last one aside that it waits for
+  std::unique_ptr<Lanes> lanes_;      // of a program with calls aside
 };
 
 }  // namespace
@@ -154,6 +187,7 @@ TORCH_LIBRARY_FRAGMENT(fastconv, m) {
       .def("get", &Program::get)
       .def("take", &Program::take)
       .def("release", &Program::release)
+      .def("aside", &Program::aside)
       .def("size", &Program::size)
       .def("run", &Program::run)
       .def("times", &Program::times);

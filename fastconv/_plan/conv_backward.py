@@ -139,9 +139,11 @@ class TrainingLowering(BackwardLowering):
             return
         if self.optimizer is None:
             kept = as_filter(self.kept(weight))
-            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, kept])
+            self.build.call("fastconv_plan::conv2d_weight_grad", [dz, x, used, shape, kept], aside=self.kernels.aside)
         elif self.updates(weight) and self.kernels.gpu:
-            parts = self.build.returning("fastconv_plan::conv2d_weight_grad_parts", [dz, x, used, shape])
+            parts = self.build.returning(
+                "fastconv_plan::conv2d_weight_grad_parts", [dz, x, used, shape], aside=self.kernels.aside
+            )
             self.gradient(weight, parts)
         elif self.updates(weight):
             self.build.call("fastconv_plan::conv2d_weight_grad_update",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ class Kernels:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda" or self.library != "fastconv"
+
+    @property
+    def aside(self) -> bool:
+        """Whether weight gradients run aside: nothing waits for them before the update."""
+        return self.gpu and os.environ.get("FASTCONV_STREAMS", "2") != "1"
 
     def operator(self, op: str) -> str:
         """The operator's name in this library: ``fastconv::`` and ``fastconv_plan::`` stand for it, others stay."""

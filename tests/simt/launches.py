@@ -5,7 +5,7 @@
 The step runs on the CPU: fastconv's launches are counted by the emulator, with an H100's 132 multiprocessors (which
 decide where sums are split), PyTorch's own operators as one launch each, but for those that only make views or
 allocate (what fastconv's host code calls inside an operator is not seen), and for the optimizer: torch's fused SGD
-takes at most 48 tensors of three lists a launch on a GPU (MultiTensorApply.cuh).
+takes at most 48 tensors of three lists a launch on a GPU (MultiTensorApply.cuh). Aside: on the second stream.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def launches() -> Counter[str]:
     return found
 
 
-def step_of(kind: str) -> Counter[str]:
+def step_of(kind: str) -> tuple[Counter[str], int]:
+    """The launches of a step, and how many of its calls run aside."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50(num_classes=10).to(memory_format=torch.channels_last)
     model = fastconv.fuse(model, inplace=True)
@@ -73,13 +74,14 @@ def step_of(kind: str) -> Counter[str]:
     with Calls() as calls:
         step(x, y)
     found = launches()
-    torch_calls = calls.seen
+    torch_calls, aside = calls.seen, 0
     if plan:  # its calls go past the dispatch modes
         (held,) = step._plans.cache.values()
+        aside = len(held.joins)
         names = [label.split()[0].split(".")[0] for label in held.labels]
         torch_calls = Counter(n.split("::")[1] for n in names if n.startswith("aten::"))
         torch_calls = Counter({n: c for n, c in torch_calls.items() if n not in NO_KERNEL})
-    return found + Counter({f"aten::{name}": count for name, count in torch_calls.items()})
+    return found + Counter({f"aten::{name}": count for name, count in torch_calls.items()}), aside
 
 
 def main() -> None:
@@ -89,12 +91,12 @@ def main() -> None:
     if missing:
         sys.exit(missing)
     lines = ["# Kernel launches of a training step", "", *(__doc__ or "").strip().splitlines(), ""]
-    lines += ["| | launches | by kind |", "| --- | --- | --- |"]
+    lines += ["| | launches | calls aside | by kind |", "| --- | --- | --- | --- |"]
     with fastconv.use_backend("simt"):
         for kind in ("fuse(model), autograd and torch's fused SGD", "plan"):
-            found = step_of(kind)
+            found, aside = step_of(kind)
             parts = ", ".join(f"{name} {count}" for name, count in found.most_common())
-            lines.append(f"| {kind} | {sum(found.values())} | {parts} |")
+            lines.append(f"| {kind} | {sum(found.values())} | {aside} | {parts} |")
             print(lines[-1], flush=True)
     (Path(__file__).parent / "launches.md").write_text("\n".join(lines) + "\n")
 
