@@ -16,6 +16,10 @@ constexpr bool act_saves_output(Act act) {
   return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu || act == Act::sigmoid || act == Act::tanh;
 }
 
+// Of these it can be told from the output alone; of the other outputs the sign is that of the pre-activation, or the
+// output is not looked at.
+constexpr bool act_needs_output(Act act) { return act == Act::sigmoid || act == Act::tanh; }
+
 struct ConvParams {
   int64_t n, h, w, c;  // input
   int64_t k, r, s;     // filter: k x r x s x (c / groups)

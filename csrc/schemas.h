@@ -51,6 +51,8 @@ inline void define_operators(torch::Library& m) {
       "activation) "
       "-> (Tensor output, Tensor save_mean, Tensor save_invstd)",
       tags);
+  // output: of relu, relu6, leaky_relu, sigmoid and tanh. None: of the first three the derivative is told from the
+  // pre-activation, recomputed from input and residual, as it is of silu, gelu and hardswish.
   m.def(
       "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? residual, Tensor? weight, "
       "Tensor? bias, "
@@ -137,7 +139,8 @@ inline void define_plan_operators(torch::Library& m) {
       "conv2d_bn(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int[] geometry, float? "
       "momentum, float eps, str activation, Tensor(d!) raw, Tensor(e!) output) -> (Tensor, Tensor)");
-  // grad = the gradient + addend, then batch_norm_backward of it.
+  // grad = the gradient + addend, then batch_norm_backward of it. grad is a workspace: what it holds afterwards is not
+  // said.
   m.def(
       "conv2d_input_grad_bn(Tensor grad_output, Tensor weight, Tensor? addend, int[] geometry, Tensor(a!) grad, Tensor "
       "input, Tensor? output, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor invstd, str "

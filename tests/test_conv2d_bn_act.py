@@ -165,6 +165,19 @@ def test_gradcheck(activation, training, backend):
 
 
 @TRAINING
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", (SMALL, Conv("many", 3, 8, 11, 9, 16, padding=1)), ids=str)
+def test_the_slope_is_that_of_the_output(case, dtype, training, backend):
+    """A ReLU lets the gradient through exactly where the output is positive, also where it is told from the input."""
+    tensors = {**make(case, dtype, backend.device, torch.float32), "bias": None, "residual": None}
+    ours = execute(
+        FF.conv2d_bn_act, tensors, {**case.geometry, "training": training, "activation": "relu"}, present(tensors),
+        torch.ones(case.n, case.k, case.h, case.w, device=backend.device, dtype=dtype),
+    )  # fmt: skip
+    assert torch.equal(ours.grads["bn_bias"], (ours.output > 0).sum((0, 2, 3)).float())
+
+
+@TRAINING
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_mixed_dtypes(dtype, training, backend):
     """Low-precision convolution, float32 statistics: gradients come in the dtype of their parameter."""

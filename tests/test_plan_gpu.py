@@ -31,6 +31,15 @@ def operators(planner):
     return torch.ops.fastconv_simt_plan if planner.name == "simt" else torch.ops.fastconv_plan
 
 
+def launched(planner) -> str:
+    """The emulator's kernels since the last call."""
+    if planner.name != "simt":
+        return ""
+    import simt_lib  # in tests/simt, which the fixture has put on the path
+
+    return " ".join(simt_lib.library("norm").launches())
+
+
 def like(x: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(x, memory_format=LAST)
 
@@ -118,28 +127,54 @@ def test_conv2d_bn_and_its_backward(name, act, dtype, planner):
             close(mine.to(dtype), stock, oracle)
 
 
+MANY = {  # rows: size, filters, filter, stride, padding, dilation, groups
+    "many rows": ((3, 16, 12, 10), 24, 3, 1, 1, 1, 1),
+    "many rows, strided": ((3, 8, 13, 11), 16, 3, 2, 1, 1, 1),
+    "many rows, odd": ((2, 7, 12, 12), 5, 1, 1, 0, 1, 1),
+    "many rows, groups": ((2, 16, 12, 12), 16, 3, 1, 1, 1, 2),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("act", ("relu", "silu"))
-def test_a_data_gradient_with_the_batch_norm_behind_it(name, act, dtype, planner):
-    """As the two calls; few rows, where the sums may stay split, and many."""
+@pytest.mark.parametrize("name", (*SMALL, *MANY))
+@pytest.mark.parametrize("added", (False, True), ids=("", "residual"))
+@pytest.mark.parametrize("act", ("relu", "silu", "leaky_relu", "sigmoid", "identity"))
+def test_a_data_gradient_with_the_batch_norm_behind_it(name, act, added, dtype, planner, monkeypatch):
+    """As the two calls; few rows, where the sums may stay split, and many, which its epilogue sums up.
+
+    added: to what the batch norm gave; the slope is then the output's, or of a pre-activation that takes all three."""
+    monkeypatch.setitem(SHAPES, name, {**SHAPES, **MANY}[name])
     x, w, settings, geometry = problem(name, dtype)
+    assert x.numel() // x.shape[1] > 256 or name not in MANY
     channels, plan = x.shape[1], operators(planner)
     dz, addend, raw = like(F.conv2d(x, w, **settings)), like(x), like(x)
     weight, bias, mean = torch.randn(3, channels)
     invstd = torch.rand(channels) + 0.5
-    out = like(x).relu()
-    norm = [raw, out if act == "relu" else None, None, weight, bias, mean, invstd, act]
+    z = (raw.float() - mean[:, None, None]) * (invstd * weight)[:, None, None] + bias[:, None, None]
+    residual = like(x) if added else None
+    activate = {"relu": F.relu, "silu": F.silu, "leaky_relu": F.leaky_relu, "sigmoid": F.sigmoid}.get(act, lambda t: t)
+    out = activate(z + residual.float() if added else z).to(dtype)
+    out = out if act == "sigmoid" or (added and act in ("relu", "leaky_relu")) else None
+    norm = [raw, out, residual if out is None else None, weight, bias, mean, invstd, act]
     grad = addend.clone()
     plan.conv2d_input_grad(dz, w, grad, geometry, grad)
-    expected = [torch.full_like(x, torch.nan) for _ in range(2)]
-    expected += plan.batch_norm_backward(grad, *norm, *expected)
-    for given in (True, False):
+    expected = {}
+    for wanted in (False, True):  # whether the residual's gradient is asked for; then dz is rounded on the way
+        places = [torch.full_like(x, torch.nan) for _ in range(1 + (wanted and act != "identity"))] + [None]
+        expected[wanted] = [*places[:2], *plan.batch_norm_backward(grad, *norm, *places[:2])]
+    for given, wanted in ((True, True), (False, True), (False, False)):
         into = addend.clone() if given else torch.full_like(x, torch.nan)
-        found = [torch.full_like(x, torch.nan), into if act == "relu" else torch.empty_like(x)]
+        dres = into if act == "relu" else torch.full_like(x, torch.nan)
+        found = [torch.full_like(x, torch.nan), dres if wanted and act != "identity" else None]
+        launched(planner)
         found += plan.conv2d_input_grad_bn(dz, w, into if given else addend, geometry, into, *norm, *found)
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-3)
+        if planner.name == "simt" and name in MANY:
+            kernels = launched(planner)
+            assert "bn_backward_dx" in kernels and ("bn_backward_sums" in kernels) == (act == "silu" and added), kernels
+        for mine, theirs in zip(found, expected[wanted], strict=True):
+            if mine is not None:
+                room = (1e-4 if dtype is torch.float32 else 2e-2) * theirs.abs().max()
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=float(room))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

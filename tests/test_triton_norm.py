@@ -107,6 +107,11 @@ def norm_case(shape, dtype, activation, residual, training, affine=torch.float32
         grads64, grads_s = (grads64[0], *grads64[2:]), (grads_s[0], *grads_s[2:])
     for i, (got, want, stock) in enumerate(zip(kept, grads64, grads_s, strict=True)):
         check(got, want, stock, f"gradient {i}")
+    if activation in ("relu", "relu6", "leaky_relu"):  # without an output the slope is told from the input
+        again = impl("batch_norm_act_backward")(
+            g, x, None, r, weight, bias, save_mean, invstd, training, activation, mask
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,6 +157,18 @@ def test_strided_parameters():
     for got, expected in ((y, want), (mean, want_mean), (var, want_var)):
         torch.testing.assert_close(got, expected)
     assert all(torch.equal(t[:, 1], before) for t, before in zip(rows, untouched, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rows", [4, 900])
+def test_batch_norm_residual_gradient_alone(rows, training):
+    """Nothing has to be summed for it."""
+    x, out, g = (image(rows, 5, 1, 1, torch.float32, seed, torch.channels_last) for seed in range(3))
+    vector = torch.ones(5, device=DEVICE)
+    found = impl("batch_norm_act_backward")(
+        g, x, out, None, vector, None, vector, vector, training, "relu", [False, True, False, False]
+    )
+    assert torch.equal(found[1], torch.where(out > 0, g, torch.zeros_like(g)))
 
 
 def test_batch_norm_empty_batch():

@@ -22,11 +22,15 @@ struct Kernels {
   void (*apply)(const BatchNormGrad<T>*, const A*, const A*, T*, int64_t, int64_t, int64_t, int64_t);
 };
 
+// from_output: the activation's derivative is computed from the output, else from the pre-activation.
 template <class T>
-Kernels<T> pick(Act act) {
+Kernels<T> pick(Act act, bool from_output) {
   if (act == Act::identity) return {FASTCONV_PICK(bn_backward_sums<T, 0>), FASTCONV_PICK(bn_backward_apply<T, 0>)};
-  if (act == Act::relu) return {FASTCONV_PICK(bn_backward_sums<T, 1>), FASTCONV_PICK(bn_backward_apply<T, 1>)};
-  if (act_saves_output(act)) return {FASTCONV_PICK(bn_backward_sums<T, 2>), FASTCONV_PICK(bn_backward_apply<T, 2>)};
+  if (act == Act::relu) {
+    if (from_output) return {FASTCONV_PICK(bn_backward_sums<T, 1>), FASTCONV_PICK(bn_backward_apply<T, 1>)};
+    return {FASTCONV_PICK(bn_backward_sums<T, 4>), FASTCONV_PICK(bn_backward_apply<T, 4>)};
+  }
+  if (from_output) return {FASTCONV_PICK(bn_backward_sums<T, 2>), FASTCONV_PICK(bn_backward_apply<T, 2>)};
   return {FASTCONV_PICK(bn_backward_sums<T, 3>), FASTCONV_PICK(bn_backward_apply<T, 3>)};
 }
 
@@ -45,7 +49,7 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
   using A = acc_t<T>;
   const int64_t channels = p.channels;
   const Spans s(rows, channels);
-  const Kernels<T> kernels = pick<T>(p.act);
+  const Kernels<T> kernels = pick<T>(p.act, p.y != nullptr);
   const bool need_sums = out.dweight || out.dbias || out.dresidual || (out.training && out.dx);
   const Scratch<A> vectors(4 * channels);
   A *sum = vectors.get(), *sum_x = sum + channels, *slope = sum_x + channels, *offset = slope + channels;
@@ -66,7 +70,7 @@ void backward(const BatchNormGrad<T>& p, int64_t rows, const Outputs<T>& out, co
   auto apply = kernels.apply;
   if (out.dresidual && (sizeof(T) > 2 || p.act == Act::relu)) {
     second.g = out.dresidual;
-    apply = pick<T>(Act::identity).apply;
+    apply = pick<T>(Act::identity, false).apply;
   }
 
   if (s.threads_own_channels) {

@@ -28,10 +28,16 @@ struct ConvCall {
   ConvShape shape;
   int dtype, act, pro_act, tile, splits, tensor, kind;
   int keep_parts;  // splits > 1: leave the sums in partial for whoever adds them up; not of depthwise kinds
+  // dgrad: the sums that the backward of the batch norm before the convolution needs (kernels/conv_params.cuh)
+  const void* norm_x;
+  const float *norm_mean, *norm_invstd, *norm_weight, *norm_bias;  // the last two or null
+  float *sum_g, *sum_gx;
 };
 std::string conv(const ConvCall& call, LaunchStream stream);
 // Rows of the tile that will run: statistics partials are [ceil(n p q / rows), k].
 int conv_tile_rows(const ConvCall& call);
+// Tiles of a dgrad: sum_g and sum_gx are [tiles, c].
+int64_t conv_sum_tiles(const ConvCall& call);
 
 // Chunks that the channel-wise kernels cut [rows, channels] into at most: the size of their workspaces.
 int most_column_chunks(int dtype, int64_t rows, int channels, int blocks, int min_rows);
@@ -81,7 +87,8 @@ struct NormBackwardCall {
   float *part_g, *part_gx, *sum_g, *sum_gx;
   int64_t rows;
   int dtype, params_float, channels, training, act, blocks, min_rows;
-  SplitCall split;  // of dy, which is written then
+  SplitCall split;    // of dy, which is written then
+  int64_t part_sums;  // > 0: part_g and part_gx have so many rows, from a data gradient's epilogue; act is in dy then
 };
 std::string batch_norm_backward(const NormBackwardCall& call, LaunchStream stream);
 

@@ -26,15 +26,16 @@ inline bool takes_parts(int64_t rows, const BatchNormArgs& args) {
 
 // What batch_norm_backward reads (NHWC; output and residual undefined where the activation does not need them) and
 // writes: each result undefined where it is not wanted. dweight and dbias have the dtype of bn_vectors(). rest: dy as a
-// data gradient's split sums, of which and of addend (or undefined) dy is written here.
+// data gradient's split sums, of which and of addend (or undefined) dy is written here. sums: what a data gradient
+// found when it wrote dy, or null.
 struct BatchNormGrads {
   at::Tensor dx, dresidual, dweight, dbias;
 };
 void batch_norm_backward(const char* op, const Device& device, const at::Tensor& dy, const at::Tensor& x,
                          const at::Tensor& output, const at::Tensor& residual, const OptTensor& weight,
                          const OptTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool training,
-                         Act act, const BatchNormGrads& grads, const ConvRest& rest = {},
-                         const at::Tensor& addend = {});
+                         Act act, const BatchNormGrads& grads, const ConvRest& rest = {}, const at::Tensor& addend = {},
+                         const ConvNormSums* sums = nullptr);
 // The dtype in which the kernels read weight and bias, and write their gradients.
 at::ScalarType bn_vectors(const at::Tensor& x, const OptTensor& weight, const OptTensor& bias);
 

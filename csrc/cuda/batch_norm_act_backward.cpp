@@ -16,7 +16,8 @@ at::ScalarType bn_vectors(const at::Tensor& x, const OptTensor& weight, const Op
 void batch_norm_backward(const char* op, const Device& device, const at::Tensor& dy, const at::Tensor& x,
                          const at::Tensor& output, const at::Tensor& residual, const OptTensor& weight,
                          const OptTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool training,
-                         Act act, const BatchNormGrads& grads, const ConvRest& rest, const at::Tensor& addend) {
+                         Act act, const BatchNormGrads& grads, const ConvRest& rest, const at::Tensor& addend,
+                         const ConvNormSums* sums) {
   const int64_t channels = x.size(1);
   NormBackwardCall call{};
   call.dtype = dtype_number(op, x);
@@ -31,10 +32,14 @@ void batch_norm_backward(const char* op, const Device& device, const at::Tensor&
   call.rows = x.numel() / channels, call.channels = checked_channels(op, channels);
   call.training = training, call.act = static_cast<int>(act);
   call.blocks = column_blocks(device), call.min_rows = kMinRows;
-  const int64_t chunks = most_column_chunks(call.dtype, call.rows, call.channels, call.blocks, call.min_rows);
+  const bool summed = sums != nullptr && sums->tiles > 0;
+  const int64_t chunks =
+      summed ? 0 : most_column_chunks(call.dtype, call.rows, call.channels, call.blocks, call.min_rows);
   const at::Tensor workspace = at::empty({2 * chunks + 2, channels}, acc_options(x));
-  call.part_g = data<float>(workspace), call.part_gx = call.part_g + chunks * channels;
-  call.sum_g = call.part_gx + chunks * channels, call.sum_gx = call.sum_g + channels;
+  call.sum_g = data<float>(workspace), call.sum_gx = call.sum_g + channels;
+  call.part_g = summed ? data<float>(sums->parts) : call.sum_gx + channels;
+  call.part_sums = summed ? sums->tiles : 0;
+  call.part_gx = call.part_g + (summed ? sums->tiles : chunks) * channels;
   if (rest.splits > 0) call.split = {const_data<float>(rest.parts), raw(addend), nullptr, rest.splits, 1};
   check_launch(op, fastconv::batch_norm_backward(call, device.stream()));
 }

@@ -98,13 +98,23 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
 }
 
 ConvRest conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
-                         const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx, bool takes_parts) {
+                         const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx, bool takes_parts,
+                         ConvNormSums* norm) {
   const at::Tensor w = weight.contiguous(at::MemoryFormat::ChannelsLast);
   ConvCall call = make_call(op, p, dy, kDgrad);
   call.a = raw(dy), call.b = raw(w), call.out = raw(dx), call.residual = raw(addend);
   const at::Tensor partial = choose(call, dy, device, false);
   ConvRest rest;
   if (takes_parts) keep_parts(call, partial, rest);
+  if (norm != nullptr && call.kind == kDgrad && call.splits == 1) {
+    norm->tiles = conv_sum_tiles(call);
+    norm->parts = at::empty({2, norm->tiles, p.c}, acc_options(dx));
+    call.norm_x = raw(norm->x);
+    call.norm_mean = const_data<float>(norm->mean), call.norm_invstd = const_data<float>(norm->invstd);
+    call.norm_weight = const_data<float>(norm->weight), call.norm_bias = const_data<float>(norm->bias);
+    call.grad_saved = raw(norm->output), call.act = static_cast<int>(norm->act);
+    call.sum_g = data<float>(norm->parts), call.sum_gx = call.sum_g + norm->tiles * p.c;
+  }
   check_launch(op, conv(call, device.stream()));
   return rest;
 }

@@ -30,11 +30,23 @@ at::Tensor conv_forward(const char* op, const Device& device, const ConvParams& 
                         const at::Tensor& weight, const ConvEpilogueTensors& epilogue, at::MemoryFormat format,
                         ConvRest* rest);
 
+// The batch norm whose result is a convolution's input, as the data gradient's epilogue may begin its backward: dx is
+// multiplied by the activation's derivative then, and summed. Where the kernel that runs cannot, tiles stays 0.
+struct ConvNormSums {
+  at::Tensor x, mean, invstd;  // what it normalised (NHWC), and by what: [C] fp32, contiguous
+  at::Tensor weight, bias;     // likewise, or undefined
+  at::Tensor output;           // undefined: the derivative is computed from x, to which nothing was added then
+  Act act = Act::identity;
+  at::Tensor parts;  // found: [2, tiles, C] fp32, of dx and of dx * (x - mean) * invstd
+  int64_t tiles = 0;
+};
+
 // dx = the data gradient + addend (undefined: nothing; dx itself: added to). dy, addend and dx: NHWC. takes_parts:
-// where the sums are split, they are returned as in ConvRest, and neither dx is written nor addend added.
+// where the sums are split, they are returned as in ConvRest, and neither dx is written nor addend added. norm: wanted
+// (or null).
 ConvRest conv_input_grad(const char* op, const Device& device, const ConvParams& p, const at::Tensor& dy,
                          const at::Tensor& weight, const at::Tensor& addend, const at::Tensor& dx,
-                         bool takes_parts = false);
+                         bool takes_parts = false, ConvNormSums* norm = nullptr);
 
 // dw = the weight gradient. dy, x and dw: NHWC, of one dtype. takes_parts: as above, with dw undefined: where the sums
 // are not split, rest.parts is the gradient itself, in the dtype of x.

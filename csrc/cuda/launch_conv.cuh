@@ -25,6 +25,13 @@ ConvProblem<T> conv_problem(const ConvCall& c) {
                 c.stat_mean,
                 c.stat_m2,
                 c.partial,
+                static_cast<const T*>(c.norm_x),
+                c.norm_mean,
+                c.norm_invstd,
+                c.norm_weight,
+                c.norm_bias,
+                c.sum_g,
+                c.sum_gx,
                 static_cast<Activation>(c.act)};
   p.tile = c.tile;
   p.splits = c.splits;
@@ -58,6 +65,11 @@ Status call_conv(const ConvCall& c, Stream stream) {
 template <class T>
 int call_conv_tile_rows(const ConvCall& c) {
   return conv_tile_rows(conv_problem<T>(c));
+}
+
+template <class T>
+int64_t call_conv_sum_tiles(const ConvCall& c) {
+  return conv_sum_tiles(conv_problem<T>(c));
 }
 
 }  // namespace fastconv

@@ -116,7 +116,7 @@ std::string batch_norm_backward(const NormBackwardCall& c, LaunchStream stream) 
                                  {}};
     const int vec = batch_norm_backward_vec(p, c.channels) ? kVec16<T> : 1;
     p.shape = column_shape(c.rows, c.channels, vec, c.blocks, c.min_rows);
-    return launch_batch_norm_backward(p, static_cast<Stream>(stream));
+    return launch_batch_norm_backward(p, c.part_sums, static_cast<Stream>(stream));
   });
 }
 

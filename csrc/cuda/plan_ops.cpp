@@ -83,14 +83,36 @@ class Norm {
     grads_ = {grad_input, or_none(grad_residual), vector(weight), vector(bias)};
   }
 
-  // rest, addend: where dy comes as split sums.
-  std::tuple<at::Tensor, at::Tensor> backward(const ConvRest& rest, const at::Tensor& addend) const {
-    batch_norm_backward(op_, Device(x_), dy_, x_, output_, residual_, weight_, bias_, mean_, invstd_, true, act_,
-                        grads_, rest, addend);
-    return {grads_.dweight, grads_.dbias};
+  std::tuple<at::Tensor, at::Tensor> backward() const { return backward(dy_, grads_, {}, {}, nullptr); }
+
+  // The same with the data gradient that makes dy. Few rows take its split sums; of many, its epilogue makes the sums
+  // where it can tell the activation's derivative, and g takes the place of dy or of dresidual.
+  std::tuple<at::Tensor, at::Tensor> backward_of(const ConvParams& p, const at::Tensor& dz, const at::Tensor& weight,
+                                                 const at::Tensor& addend) const {
+    const bool few = p.n * p.h * p.w <= kBatchNormSmallRows;
+    const auto fp32 = [](const OptTensor& t) { return !given(t) || t->scalar_type() == at::kFloat; };
+    const bool from_x = !residual_.defined() && fp32(weight_) && fp32(bias_);
+    const bool sums_up = !few && (act_ == Act::identity || output_.defined() || from_x);
+    const auto vector = [&](const OptTensor& t) {
+      return sums_up && given(t) && from_x ? t->contiguous() : at::Tensor();
+    };
+    ConvNormSums sums{x_, mean_.contiguous(), invstd_.contiguous(), vector(weight_), vector(bias_), output_, act_, {},
+                      0};
+    const at::Tensor& g = sums_up && grads_.dresidual.defined() ? grads_.dresidual : dy_;
+    const ConvRest rest = conv_input_grad(op_, Device(x_), p, dz, weight, addend, g, few, sums_up ? &sums : nullptr);
+    BatchNormGrads grads = grads_;
+    if (sums.tiles > 0) grads.dresidual = at::Tensor();  // written, or not wanted
+    return backward(g, grads, rest, addend, &sums);
   }
 
  private:
+  std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& dy, const BatchNormGrads& grads, const ConvRest& rest,
+                                              const at::Tensor& addend, const ConvNormSums* sums) const {
+    batch_norm_backward(op_, Device(x_), dy, x_, output_, residual_, weight_, bias_, mean_, invstd_, true, act_, grads,
+                        rest, addend, sums);
+    return {grads.dweight, grads.dbias};
+  }
+
   const char* op_;
   at::Tensor dy_, x_, output_, residual_;
   OptTensor weight_, bias_;
@@ -117,9 +139,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_input_grad_bn(
   const PlainDispatch guard;
   const ConvParams p = check_plan_input_grad(op, grad_output, weight, addend, geometry, grad);
   const Norm norm(op, grad, input, output, residual, bn_weight, bn_bias, mean, invstd, act, grad_input, grad_residual);
-  const bool takes = p.n * p.h * p.w <= kBatchNormSmallRows;
-  const ConvRest rest = conv_input_grad(op, Device(grad_output), p, grad_output, weight, or_none(addend), grad, takes);
-  return norm.backward(rest, or_none(addend));
+  return norm.backward_of(p, grad_output, weight, or_none(addend));
 }
 
 // grad_weight: fp32, which costs 16-bit operands a pass of its own, or their dtype, as `update` below reads it.
@@ -223,7 +243,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_backward_into(const at::Tensor& gr
   const PlainDispatch guard;
   return Norm("fastconv_plan::batch_norm_backward", grad_output, input, output, residual, weight, bias, mean, invstd,
               act, grad_input, grad_residual)
-      .backward({}, {});
+      .backward();
 }
 
 }  // namespace

@@ -48,8 +48,8 @@ BatchNormSaved check_batch_norm_backward(const char* op, const at::Tensor& grad_
     check_dtype(op, name, t, acc_type(input.scalar_type()));
     check_sizes(op, name, t, {channels});
   }
-  const bool recompute = act != Act::identity && !act_saves_output(act);
-  const bool from_output = act != Act::identity && !recompute;
+  const bool from_output = act_saves_output(act) && (given(output) || act_needs_output(act));
+  const bool recompute = act != Act::identity && !from_output;
   if (from_output) {
     TORCH_CHECK(given(output), op, ": output expected a tensor for activation '", activation, "', got None");
     check_device(op, "output", *output, input);

@@ -23,7 +23,8 @@ struct BatchNormArgs {
 void check_batch_norm(const char* op, at::IntArrayRef sizes, const at::Tensor& like, const BatchNormArgs& args,
                       const char* weight_name = "weight", const char* bias_name = "bias");
 
-// What the backward takes the activation's derivative from: the saved output, or the pre-activation, recomputed.
+// What the backward takes the activation's derivative from: the saved output, or the pre-activation, recomputed (for
+// relu, relu6 and leaky_relu where no output is given).
 struct BatchNormSaved {
   Act act;
   bool recompute, from_output;

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd.batch_norm_act import slope_from_input
 from .backward import SAVES_OUTPUT, BackwardLowering, Pending
 from .forward import PIXEL, as_filter, as_pixel, geometry, is_pixelwise
 from .network import Node, Refused
@@ -184,8 +185,8 @@ class TrainingLowering(BackwardLowering):
         else:
             name, arguments = "conv2d_bn", [*convolution, *norm, geometry(node), momentum, bn.eps, node.act, raw, out]
         build.call(f"fastconv_plan::{name}", arguments, [mean, invstd])
-        from_output = node.act in SAVES_OUTPUT
-        recompute = not from_output and node.act != "identity"
+        recompute = slope_from_input(node.act, True, node.residual is not None)
+        from_output = node.act in SAVES_OUTPUT and not recompute
 
         def backward(found: Any) -> Any:
             shares = self.wants(node.residual) and node.act == "identity"

@@ -2,25 +2,34 @@
 
 dz = dy * act'(z);  dbeta = sum dz;  dgamma = sum dz * xhat;  dr = dz;
 training: dx = gamma * invstd * (dz - dbeta / M - xhat * dgamma / M);  evaluation: dx = gamma * invstd * dz.
-(Ioffe & Szegedy 2015, section 3.) act' comes from y, or for silu, gelu and hardswish from z, recomputed from x and r:
-nothing but tensors that live anyway is saved.
+(Ioffe & Szegedy 2015, section 3.) act' comes from y, or from z, recomputed from x and r: of silu, gelu and hardswish
+always, of relu, relu6 and leaky_relu where that reads one tensor less.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .._checks import PREACT_ACTIVATIONS
 from ..ops import impl
 from .common import differentiable_once, saves_output
 
 
+def slope_from_input(activation: str, training: bool, residual: bool) -> bool:
+    """Whether act' is that of z = xhat * gamma + beta (+ r), recomputed, not of the output.
+
+    In evaluation the output may come from a convolution before it was rounded: relu's sign is the output's then.
+    """
+    if activation in ("relu", "relu6", "leaky_relu"):
+        return training and not residual
+    return not saves_output(activation) and activation != "identity"
+
+
 def save_norm(ctx, input, output, residual, weight, bias, mean, invstd, *more) -> None:
     """What :func:`norm_backward` reads, and behind it ``more``."""
-    recompute = ctx.activation in PREACT_ACTIVATIONS
+    recompute = slope_from_input(ctx.activation, ctx.training, residual is not None)
     ctx.save_for_backward(
         input,
-        output if saves_output(ctx.activation) else None,
+        output if saves_output(ctx.activation) and not recompute else None,
         residual if recompute else None,
         weight,
         bias if recompute else None,

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import PREACT_ACTIVATIONS
 from ..ops import impl
 from . import deferred
-from .batch_norm_act import norm_backward, save_norm
+from .batch_norm_act import norm_backward, save_norm, slope_from_input
 from .common import bias_gradient, conv_backward, differentiable_once, saves_output
 
 
@@ -33,6 +32,7 @@ class Conv2dBnActFunction(torch.autograd.Function):
         kept_input = input if ctx.source is None else None
         if recompute:
             ctx.eps, ctx.residual_source = eps, deferred.source(residual)
+            ctx.from_input = slope_from_input(activation, training, residual is not None)
             kept_residual = residual if ctx.residual_source is None else None
             ctx.save_for_backward(
                 conv_output, None, kept_residual, bn_weight, bn_bias, mean, invstd, kept_input, weight
@@ -64,8 +64,8 @@ class Conv2dBnActFunction(torch.autograd.Function):
 def _norm_tensors(ctx, saved):
     """The tensors of save_norm(), with those that were not kept."""
     conv_output, _, residual, bn_weight, bn_bias, mean, invstd = saved
-    output = deferred.value(ctx) if saves_output(ctx.activation) else None
-    if ctx.activation not in PREACT_ACTIVATIONS:
+    output = deferred.value(ctx) if saves_output(ctx.activation) and not ctx.from_input else None
+    if not ctx.from_input:
         residual = bn_bias = None
     elif ctx.residual_source is not None:
         residual = deferred.value(ctx.residual_source)

@@ -1,6 +1,6 @@
 """Backward of y = act(z), z = xhat * weight + bias + residual, xhat = (x - mean) * invstd, M = N*H*W samples.
 
-    dz = dy * act'                act' from y, or for silu, gelu, hardswish from z, recomputed from x and the residual
+    dz = dy * act'                act' from y, or where there is none from z, recomputed from x and the residual
     grad_residual = dz            grad_bias = sum_m dz            grad_weight = sum_m dz * xhat
     training:    dx = weight * invstd * (dz - grad_bias / M - xhat * grad_weight / M)      (Ioffe & Szegedy 2015)
     evaluation:  dx = weight * invstd * dz
@@ -164,7 +164,7 @@ def apply_backward_kernel(
     mean, invstd, scale, shift = _channel(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     sum_dz = tl.zeros((BLOCK_C,), tl.float32)
     sum_dz_x = sum_dz
-    if TRAINING:
+    if sums_ptr is not None:  # else nobody wants dx, or nothing is subtracted from it
         sum_dz = tl.load(sums_ptr + c, mask=c < C, other=0.0)
         sum_dz_x = tl.load(sums_ptr + C + c, mask=c < C, other=0.0)
     _apply(
@@ -188,9 +188,9 @@ def batch_norm_act_backward(
     dx = empty_nhwc(input, input.shape) if want_input else None
     dz = empty_nhwc(input, input.shape) if want_residual else None
     if m * c and any(output_mask):
-        recompute = needs_preact(activation)
-        y = None if recompute or activation == "identity" else nhwc(output)
-        residual = nhwc(residual) if recompute and residual is not None else None
+        from_input = needs_preact(activation) or output is None
+        y = None if from_input or activation == "identity" else nhwc(output)
+        residual = nhwc(residual) if from_input and residual is not None else None
         tensors = (nhwc(grad_output), nhwc(input), y, residual, *map(vector, (weight, bias, mean, invstd)))
         _run(tensors, dx, dz, dweight, dbias, m, c, training, activation)
     grads = [not_asked(input) if g is None else g.contiguous(memory_format=layout) for g in (dx, dz)]

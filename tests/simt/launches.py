@@ -1,4 +1,4 @@
-"""Kernel launches of one training step of ResNet50 at 32 px, batch 4, bf16: what a CUDA graph of it would hold.
+"""Kernel launches of one training step of ResNet50 at 32 px, bf16: what a CUDA graph of it would hold.
 
     python tests/simt/launches.py        writes launches.md
 
@@ -59,7 +59,7 @@ def launches() -> Counter[str]:
     return found
 
 
-def step_of(kind: str) -> tuple[Counter[str], int]:
+def step_of(kind: str, batch: int) -> tuple[Counter[str], int]:
     """The launches of a step, and how many of its calls run aside."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50(num_classes=10).to(memory_format=torch.channels_last)
@@ -67,8 +67,8 @@ def step_of(kind: str) -> tuple[Counter[str], int]:
     sgd = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True)
     plan = kind == "plan"
     step = fastconv.TrainStep(model, fnn.CrossEntropyLoss(), sgd, autocast_dtype=torch.bfloat16, plan=plan)
-    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (4,))
+    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,))
     step(x, y)  # state, copies, plan
     launches()
     with Calls() as calls:
@@ -91,12 +91,12 @@ def main() -> None:
     if missing:
         sys.exit(missing)
     lines = ["# Kernel launches of a training step", "", *(__doc__ or "").strip().splitlines(), ""]
-    lines += ["| | launches | calls aside | by kind |", "| --- | --- | --- | --- |"]
+    lines += ["| | batch | launches | calls aside | by kind |", "| --- | --- | --- | --- | --- |"]
     with fastconv.use_backend("simt"):
-        for kind in ("fuse(model), autograd and torch's fused SGD", "plan"):
-            found, aside = step_of(kind)
+        for kind, batch in (("fuse(model), autograd and torch's fused SGD", 4), ("plan", 4), ("plan", 32)):
+            found, aside = step_of(kind, batch)
             parts = ", ".join(f"{name} {count}" for name, count in found.most_common())
-            lines.append(f"| {kind} | {sum(found.values())} | {aside} | {parts} |")
+            lines.append(f"| {kind} | {batch} | {sum(found.values())} | {aside} | {parts} |")
             print(lines[-1], flush=True)
     (Path(__file__).parent / "launches.md").write_text("\n".join(lines) + "\n")
 

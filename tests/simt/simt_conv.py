@@ -30,12 +30,14 @@ _SHAPE = [
     "groups",
 ]
 _INTS = ["dtype", "act", "pro_act", "tile", "splits", "tensor", "kind", "keep_parts"]
+_NORM = ["norm_x", "norm_mean", "norm_invstd", "norm_weight", "norm_bias", "sum_g", "sum_gx"]
 
 
 class ConvCall(ctypes.Structure):
     """Mirror of ConvCall in csrc/cuda/api.h."""
 
     _fields_ = [(f, ctypes.c_void_p) for f in _POINTERS] + [(f, ctypes.c_int) for f in _SHAPE + _INTS]
+    _fields_ += [(f, ctypes.c_void_p) for f in _NORM]
 
 
 @dataclass
@@ -102,7 +104,8 @@ def run(
     **extra: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict]:
     """kind fprop (a = x, b = w), dgrad (a = dy, b = w) or wgrad (a = dy, b = x). Returns the result and a dict with the
-    statistics partials, the tile's rows and the emulator's counters. offset: of `a` in its storage (unaligned access);
+    statistics partials, the tile's rows, with norm_x the sums by tile, and the emulator's counters. offset: of `a` in its
+    storage (unaligned access);
     guard: the operands end where mapped memory ends."""
     lib = library("conv")
     shape = {"fprop": case.y_shape(), "dgrad": case.x_shape(), "wgrad": case.w_shape()}[kind]
@@ -143,6 +146,9 @@ def run(
             "m2": torch.full((tiles, case.k), float("nan")),
         }
         call.stat_mean, call.stat_m2 = pointer(info["mean"]), pointer(info["m2"])
+    if "norm_x" in extra:
+        info["sums"] = torch.full((2, lib.lib.simt_conv_sum_tiles(ctypes.byref(call)), case.c), float("nan"))
+        call.sum_g, call.sum_gx = (pointer(part) for part in info["sums"])
     lib.call("simt_conv", ctypes.byref(call), seed=seed)
     info["counters"] = lib.counters
     return out, info

@@ -255,6 +255,75 @@ def test_dgrad_with_activation_gradient():
     assert torch.equal(got, (expected("dgrad", case, dy, w) * (saved > 0)).to(torch.bfloat16))
 
 
+SMOOTH = ("silu", "gelu", "hardswish")
+
+
+def check_sums(case, dtype, act="relu", addend=True, from_x=False, apart=False, **options):
+    """Data gradient, times act', as without the sums; the tiles' sums are those of what was written."""
+    make = exact_inputs(23)
+    dy, w = operands("dgrad", case, dtype, make)
+    generator = torch.Generator().manual_seed(24)
+    x, saved = (torch.randn(case.x_shape(), generator=generator).to(dtype) for _ in range(2))
+    mean, invstd = torch.randn(case.c, generator=generator), torch.rand(case.c, generator=generator) + 0.5
+    given = {"residual": make(case.x_shape(), dtype) if addend else None}
+    weight, bias = torch.randn(2, case.c, generator=generator)
+    if from_x:  # as the forward computes what the activation sees
+        saved = torch.addcmul(bias[:, None, None], x.float() - mean[:, None, None], (invstd * weight)[:, None, None])
+        saved = saved.to(dtype)
+    given["grad_saved"] = None if act == "identity" else saved
+    options = {"act": act, **options}
+    plain, _ = run("dgrad", case, dy, w, **given, **options)
+    norm = {"norm_x": x, "norm_mean": mean, "norm_invstd": invstd}
+    if apart:  # not at a multiple of 16 bytes: element by element, two columns for a lane where a warp has 64
+        norm["norm_mean"] = torch.cat([torch.zeros(1), mean])[1:]
+    if from_x:
+        given["grad_saved"], norm["norm_weight"], norm["norm_bias"] = None, weight, bias
+    got, info = run("dgrad", case, dy, w, **given, **norm, **options)
+    if act in SMOOTH:  # their slope is of the pre-activation before it was rounded
+        assert_close(got, plain, 4e-2, 4e-2)
+    else:
+        assert torch.equal(got, plain)
+    g, xhat = got.double(), (x.double() - mean[:, None, None]) * invstd[:, None, None]
+    for found, terms in zip(info["sums"], (g, g * xhat), strict=True):
+        error = (found.double().sum(0) - terms.sum((0, 2, 3))).abs()
+        assert (error <= 1e-5 * terms.abs().sum((0, 2, 3)) + 1e-6).all(), error.max()
+    return info["sums"].shape[1]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dgrad_sums_for_the_batch_norm_before(case):
+    """Every shape, stride classes that are empty or smaller among them: all tiles are written."""
+    for dtype in conv_dtypes(torch.bfloat16, torch.float16, torch.float32):
+        for from_x in (False, True):
+            check_sums(case, dtype, from_x=from_x)
+
+
+@pytest.mark.parametrize("tile", range(6))
+def test_dgrad_sums_of_every_tile(tile):
+    tiles = check_sums(Case(5, 72, 9, 5, 32), torch.bfloat16, tile=tile, seed=tile)
+    assert tiles == -(-5 * 9 * 5 // [16, 32, 64, 128, 128, 256][tile])
+    check_sums(Case(3, 40, 7, 6, 16, stride=(2, 3)), torch.bfloat16, tile=tile, seed=tile)
+
+
+@pytest.mark.parametrize("act", ["identity", "relu", "relu6", "leaky_relu", "sigmoid", "tanh"])
+def test_dgrad_sums_with_and_without(act):
+    for addend in (False, True):
+        check_sums(Case(2, 24, 6, 6, 16), HALF[0], act=act, addend=addend)
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", *SMOOTH])
+def test_dgrad_sums_with_the_slope_from_the_input(act):
+    check_sums(Case(2, 24, 6, 6, 16), HALF[0], act=act, from_x=True)
+    check_sums(Case(2, 13, 6, 6, 16), HALF[0], act=act, from_x=True)
+
+
+@needs_fp32
+def test_dgrad_sums_of_exact_fp32():
+    for tile in range(6):
+        check_sums(Case(3, 20, 6, 5, 32), torch.float32, tensor=False, tile=tile)
+        check_sums(Case(3, 20, 6, 5, 32), torch.float32, tensor=False, tile=tile, apart=True)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_values_round_once(kind, dtype):
@@ -365,3 +434,8 @@ def test_bad_calls_are_refused():
         run("fprop", case, x, w, tile=9)
     with pytest.raises(RuntimeError, match="statistics are not available"):
         run("fprop", case, x, w, splits=2, stat_mean=torch.zeros(8))
+    norm = {"norm_x": x, "norm_mean": torch.zeros(8), "norm_invstd": torch.ones(8)}
+    with pytest.raises(RuntimeError, match="statistics are not available"):
+        run("dgrad", case, x, w, splits=2, **norm)
+    with pytest.raises(RuntimeError, match="sums of gradients are of a data gradient"):
+        run("fprop", case, x, w, **norm)

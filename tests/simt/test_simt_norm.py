@@ -351,7 +351,7 @@ class NormBackwardCall(ctypes.Structure):
     _fields_ += [
         (f, ctypes.c_int) for f in ["dtype", "params_float", "channels", "training", "act", "blocks", "min_rows"]
     ]
-    _fields_ += [("split", SplitCall)]
+    _fields_ += [("split", SplitCall), ("part_sums", ctypes.c_int64)]
 
 
 def norm_backward(

@@ -102,17 +102,17 @@ void bn_add_pivot(const T* x, acc_t<T>* mean, int64_t c0, int64_t c1) {
 }
 
 // Where the activation's derivative comes from.
-enum GradKind { kGradIdentity, kGradRelu, kGradOutput, kGradRecompute };
+enum GradKind { kGradIdentity, kGradRelu, kGradOutput, kGradRecompute, kGradReluRecompute };
 
 template <class T, int KIND, class V>
 FASTCONV_INLINE V bn_dy(const BatchNormGrad<T>& p, int64_t at, int64_t c, V x, V mean, bool full, int n) {
   using A = acc_t<T>;
   const V g = load(p.g + at, full, n);
   if (KIND == kGradIdentity) return g;
-  if (KIND == kGradRecompute) {
+  if (KIND == kGradRecompute || KIND == kGradReluRecompute) {
     V pre = (x - mean) * load(p.scale + c, full, n) + load(p.shift + c, full, n);
     if (p.residual) pre += load(p.residual + at, full, n);
-    return act_grad_any<A>(g, pre, p.act);
+    return apply_act_grad<A, KIND == kGradReluRecompute ? kActRelu : kActAny>(g, pre, p.act);
   }
   const V y = load(p.y + at, full, n);
   return apply_act_grad<A, KIND == kGradRelu ? kActRelu : kActAny>(g, y, p.act);

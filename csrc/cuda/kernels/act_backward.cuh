@@ -62,11 +62,8 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSlices)
   float sum = 0.0f;
   if (c < channels)
     for (int i = slice; i < chunks; i += kMergeSlices) sum += partial[static_cast<int64_t>(i) * channels + c];
-  shared[threadIdx.x] = sum;
-  __syncthreads();  // all slices are there
-  if (slice != 0 || c >= channels) return;
-  for (int i = 1; i < kMergeSlices; ++i) sum += shared[i * kMergeChannels + lane];
-  grad_bias[c] = from_float<T>(sum);
+  sum = merge_slices(sum, shared, [](float a, float b) { return a + b; });
+  if (slice == 0 && c < channels) grad_bias[c] = from_float<T>(sum);
 }
 
 // Whether 16-byte accesses fit; the shape must be made with the same answer.

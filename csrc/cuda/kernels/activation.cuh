@@ -1,7 +1,8 @@
 // Activations and their derivatives, fp32, one switch for every kernel.
 //
 // relu6, leaky_relu, sigmoid, tanh and relu find their derivative in the output; silu, gelu and hardswish need the
-// pre-activation. saves_output() says which. NaN passes through relu, relu6 and hardswish as in PyTorch.
+// pre-activation, which tells relu, relu6 and leaky_relu as much. NaN passes through relu, relu6 and hardswish as in
+// PyTorch.
 #pragma once
 
 #include <cmath>
@@ -24,9 +25,7 @@ inline Activation activation_from_name(const char* name) {
   return Activation::kCount;
 }
 
-__host__ __device__ constexpr bool saves_output(Activation a) {
-  return a != Activation::kSilu && a != Activation::kGelu && a != Activation::kHardswish;
-}
+constexpr bool needs_output(Activation a) { return a == Activation::kSigmoid || a == Activation::kTanh; }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -56,7 +55,7 @@ __device__ __forceinline__ float activate(Activation a, float x) {
   }
 }
 
-// d activate / dx; saved = the output where saves_output(a), else the pre-activation.
+// d activate / dx; saved = the output or the pre-activation, as said above.
 __device__ __forceinline__ float activation_grad(Activation a, float saved) {
   switch (a) {
     case Activation::kRelu:

@@ -151,10 +151,8 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSlices) bn_merge_kernel(
       int64_t at = static_cast<int64_t>(i) * p.shape.channels + c;
       m = merge(m, {count, p.part_mean[at], p.part_m2[at]});
     }
-  shared[threadIdx.x] = m;
-  __syncthreads();  // all slices are there
+  m = merge_slices(m, shared, [](const Moments& a, const Moments& b) { return merge(a, b); });
   if (slice != 0 || c >= p.shape.channels) return;
-  for (int i = 1; i < kMergeSlices; ++i) m = merge(m, shared[i * kMergeChannels + lane]);
   if (p.pivoted) m.mean += to_float(p.x[c]);
   p.save_mean[c] = m.mean;
   p.save_invstd[c] = rsqrtf(m.m2 / static_cast<float>(p.shape.rows) + p.eps);

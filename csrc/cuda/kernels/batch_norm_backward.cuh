@@ -5,11 +5,12 @@
 //   training:  mean and invstd depend on x, so
 //              dx = weight invstd (g - sum(g) / rows - xhat sum(g xhat) / rows)
 //   eval:      dx = weight invstd g
-// act' comes from the saved output, or z is recomputed from x for silu, gelu and hardswish.
+// act' comes from the saved output, or where there is none from z, recomputed from x as the forward computed it.
 //
 // Mapping: column_tile.cuh. Many rows: (1) partial sums per chunk and dresidual, (2) merge, (3) dx, which reads g back
-// from dresidual where that was written (one tensor less). Few rows: one launch, a block owns its channels. Sums fp32,
-// in a fixed order. Bytes: dy, x, output read twice, dx and dresidual written once.
+// from dresidual where that was written (one tensor less). Few rows: one launch, a block owns its channels. Where the
+// data gradient that makes dy has made g of it and summed in its epilogue, (2) and (3) are left: g and x are read once.
+// Sums fp32, in a fixed order. Bytes: dy, x, output read twice, dx and dresidual written once.
 #pragma once
 
 #include "batch_norm.cuh"
@@ -20,7 +21,7 @@ template <class T>
 struct BatchNormBackwardParams {
   const T* dy;
   const T* x;
-  const T* output;    // for activations that save their output; null where z is recomputed or act is identity
+  const T* output;    // null where z is recomputed or act is identity
   const T* residual;  // only to recompute z; or null
   ChannelVector weight, bias;
   const float* mean;
@@ -60,19 +61,21 @@ struct BackwardChannels {  // what a thread keeps of its channels
       load_floats<N>(g, p.dy + at);
     }
     load_floats<N>(xhat, p.x + at);
-#pragma unroll
-    for (int j = 0; j < N; ++j) xhat[j] = (xhat[j] - mean[j]) * invstd[j];
-    if (p.act == Activation::kIdentity) return;
     float saved[N];
-    if (saves_output(p.act)) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      xhat[j] -= mean[j];
+      saved[j] = fmaf(xhat[j], invstd[j] * weight[j], bias[j]);
+      xhat[j] *= invstd[j];
+    }
+    if (p.act == Activation::kIdentity) return;
+    if (p.output) {
       load_floats<N>(saved, p.output + at);
-    } else {
+    } else if (p.residual) {
       float r[N];
+      load_floats<N>(r, p.residual + at);
 #pragma unroll
-      for (int j = 0; j < N; ++j) r[j] = 0.0f;
-      if (p.residual) load_floats<N>(r, p.residual + at);
-#pragma unroll
-      for (int j = 0; j < N; ++j) saved[j] = fmaf(xhat[j], weight[j], bias[j]) + r[j];
+      for (int j = 0; j < N; ++j) saved[j] += r[j];
     }
     activation_grad_all<N>(p.act, saved);
 #pragma unroll
@@ -143,13 +146,8 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSlices)
       sum.x += p.part_g[static_cast<int64_t>(i) * p.shape.channels + c];
       sum.y += p.part_gx[static_cast<int64_t>(i) * p.shape.channels + c];
     }
-  shared[threadIdx.x] = sum;
-  __syncthreads();  // all slices are there
+  sum = merge_slices(sum, shared, [](const float2& a, const float2& b) { return make_float2(a.x + b.x, a.y + b.y); });
   if (slice != 0 || c >= p.shape.channels) return;
-  for (int i = 1; i < kMergeSlices; ++i) {
-    sum.x += shared[i * kMergeChannels + lane].x;
-    sum.y += shared[i * kMergeChannels + lane].y;
-  }
   p.sum_g[c] = sum.x;
   p.sum_gx[c] = sum.y;
   p.dbias.template set<T>(c, sum.x);
@@ -204,11 +202,21 @@ bool batch_norm_backward_vec(const BatchNormBackwardParams<T>& p, int channels) 
   return bits % 16 == 0 && channels % kVec16<T> == 0;
 }
 
+// part_sums > 0: dy is g, and part_g and part_gx hold [part_sums, channels] sums from the data gradient's epilogue.
 template <class T, int N>
-Status run_batch_norm_backward(BatchNormBackwardParams<T> p, Stream stream) {
+Status run_batch_norm_backward(BatchNormBackwardParams<T> p, int64_t part_sums, Stream stream) {
   const dim3 block(kColumnThreads);
-  if (p.act != Activation::kIdentity && saves_output(p.act) && !p.output)
-    return {"batch_norm_backward: this activation needs output"};
+  const auto merge = [&](int64_t chunks) {
+    return launch(bn_backward_merge_kernel<T>, dim3(ceil_div(p.shape.channels, kMergeChannels)),
+                  dim3(kMergeChannels * kMergeSlices), 0, stream, p, static_cast<int>(chunks));
+  };
+  if (part_sums > 0) {
+    if (!p.dx || p.split.parts) return {"batch_norm_backward: sums of a data gradient go with dx and a whole dy"};
+    p.act = Activation::kIdentity;
+    const Status status = merge(part_sums);
+    return status.ok() ? launch(bn_backward_dx_kernel<T, N>, column_grid<N>(p.shape), block, 0, stream, p) : status;
+  }
+  if (needs_output(p.act) && !p.output) return {"batch_norm_backward: this activation needs output"};
   if (p.shape.rows <= kBatchNormSmallRows) {
     p.shape.chunk_rows = p.shape.rows;
     if (p.split.parts) {
@@ -223,8 +231,7 @@ Status run_batch_norm_backward(BatchNormBackwardParams<T> p, Stream stream) {
   if (sums) {
     Status status = launch(bn_backward_sums_kernel<T, N>, column_grid<N>(p.shape), block, 0, stream, p);
     if (!status.ok()) return status;
-    status = launch(bn_backward_merge_kernel<T>, dim3(ceil_div(p.shape.channels, kMergeChannels)),
-                    dim3(kMergeChannels * kMergeSlices), 0, stream, p, column_chunks(p.shape));
+    status = merge(column_chunks(p.shape));
     if (!status.ok()) return status;
   }
   if (!p.dx) return {};
@@ -235,11 +242,11 @@ Status run_batch_norm_backward(BatchNormBackwardParams<T> p, Stream stream) {
   return launch(bn_backward_dx_kernel<T, N>, column_grid<N>(p.shape), block, 0, stream, p);
 }
 
-// Workspaces part_g, part_gx, sum_g, sum_gx are needed when rows > kBatchNormSmallRows.
+// Workspaces part_g, part_gx, sum_g, sum_gx are needed when rows > kBatchNormSmallRows or part_sums > 0.
 template <class T>
-Status launch_batch_norm_backward(const BatchNormBackwardParams<T>& p, Stream stream) {
-  return batch_norm_backward_vec(p, p.shape.channels) ? run_batch_norm_backward<T, kVec16<T>>(p, stream)
-                                                      : run_batch_norm_backward<T, 1>(p, stream);
+Status launch_batch_norm_backward(const BatchNormBackwardParams<T>& p, int64_t part_sums, Stream stream) {
+  return batch_norm_backward_vec(p, p.shape.channels) ? run_batch_norm_backward<T, kVec16<T>>(p, part_sums, stream)
+                                                      : run_batch_norm_backward<T, 1>(p, part_sums, stream);
 }
 
 }  // namespace fastconv

@@ -146,8 +146,20 @@ __device__ __forceinline__ void load_split(float (&x)[N], const SplitSum<T>& s, 
   if (keep) store_floats<N>(s.into + at, x);
 }
 
-// One channel's total over partial sums [chunks][channels]: 8 slices of the chunks per block of 32 channels, fixed
-// order.
-constexpr int kMergeChannels = 32, kMergeSlices = 8;
+// One channel's total over partial sums [chunks][channels]: 32 slices of the chunks per block of 32 channels, since
+// what a slice reads comes one latency after the other, and a large map has a thousand chunks and more. Fixed order.
+constexpr int kMergeChannels = 32, kMergeSlices = 32;
+
+// The slices' values added up, valid in slice 0. shared: one for each thread. Every thread of the block must call it.
+template <class V, class Add>
+__device__ __forceinline__ V merge_slices(const V& mine, V* shared, Add add) {
+  const int at = threadIdx.x, slice = at / kMergeChannels;
+  shared[at] = mine;
+  for (int half = kMergeSlices / 2; half > 0; half /= 2) {
+    __syncthreads();  // the level below is there
+    if (slice < half) shared[at] = add(shared[at], shared[at + half * kMergeChannels]);
+  }
+  return shared[at];
+}
 
 }  // namespace fastconv

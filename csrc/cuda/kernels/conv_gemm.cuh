@@ -10,8 +10,9 @@
 // Mapping: block = BM x BN outputs; grid.x = m-tiles x n-tiles (n fastest, so that neighbours share A in L2), grid.y =
 // groups x stride classes, grid.z = K splits. A warp owns WM x WN. k-tiles of kKBytes run through a ring of kStages in
 // shared memory filled by cp.async; one barrier per k-tile. Taps that only see padding for the whole tile are never
-// visited. Fused: prologue on A (register-staged then, since cp.async cannot compute), epilogue of conv_epilogue.cuh,
-// statistics. Accumulation: fp32. Limits: size_limits.h. FLOPs 2 m n K(live); least bytes: x, w, y once each.
+// visited. Fused: prologue on A (register-staged then, since cp.async cannot compute), epilogue of conv_epilogue.cuh
+// and its sums over rows. Accumulation: fp32. Limits: size_limits.h. FLOPs 2 m n K(live); least bytes: x, w, y once
+// each.
 #pragma once
 
 #include "conv_engine.cuh"
@@ -63,11 +64,11 @@ struct ConvGemmTraits {
   using CopyA = TileCopy<T, BM, kKBytes, kVecBytes, kThreads, kAsyncA, false>;
   using CopyB = std::conditional_t<kDgrad, TileCopy<T, BK, BN * kElem, kVecBytes, kThreads, kAsyncB, kElem == 4>,
                                    TileCopy<T, BN, kKBytes, kVecBytes, kThreads, kAsyncB, false>>;
-  using Out = Epilogue<Engine, T, BN>;
+  using Out = Epilogue<Engine, T, BN, kDgrad ? ColumnSums::kGradient : ColumnSums::kMoments>;
 
   static constexpr int kRing = kStages * (kTileA + kTileB);
   static constexpr int kSlabs =
-      kWarpsM * kWarpsN * Out::kSlabFloats * 4 + kWarpsM * BN * static_cast<int>(sizeof(Moments));
+      kWarpsM * kWarpsN * Out::kSlabFloats * 4 + kWarpsM * BN * static_cast<int>(sizeof(typename Out::State));
   static constexpr int kMain = ((kRing > kSlabs ? kRing : kSlabs) + 15) / 16 * 16;  // the epilogue reuses the ring
   static constexpr int kSmem = kMain + BM * (16 + 8);
 };
@@ -105,7 +106,15 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
   const int64_t m_total = static_cast<int64_t>(g.n) * positions;
   const int64_t m0 = static_cast<int64_t>(blockIdx.x / p.n_tiles) * Tr::BM;
   const int n0 = static_cast<int>(blockIdx.x % p.n_tiles) * Tr::BN;
-  if (m0 >= m_total) return;  // the whole block: a smaller stride class has fewer tiles
+  using State = typename Tr::Out::State;
+  // Tiles of all stride classes, one class behind the other.
+  const int64_t tile_stats =
+      (static_cast<int64_t>(cls) * p.m_tiles + blockIdx.x / p.n_tiles) * out_channels + group * cols + n0;
+  if (m0 >= m_total) {  // the whole block: a smaller stride class has fewer tiles
+    if (State::wanted(p.epilogue))
+      for (int c = thread; c < Tr::BN && n0 + c < cols; c += Tr::kThreads) State().store(p.epilogue, tile_stats + c);
+    return;
+  }
   const bool position_major = positions <= kPositionMajorMax;
 
   ptx::pdl_wait();
@@ -245,19 +254,17 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
   __syncthreads();  // the ring becomes the epilogue's slabs (no copy is pending: the last groups are empty)
 
   auto* slabs = reinterpret_cast<float*>(smem);
-  Moments* stats = nullptr;
-  if (p.epilogue.stat_mean)
-    stats = reinterpret_cast<Moments*>(slabs + Tr::kWarpsM * Tr::kWarpsN * Tr::Out::kSlabFloats);
+  State* stats = nullptr;
+  if (State::wanted(p.epilogue))
+    stats = reinterpret_cast<State*>(slabs + Tr::kWarpsM * Tr::kWarpsN * Tr::Out::kSlabFloats);
   TileOutput out{row_out, n0, cols, group * cols, static_cast<int64_t>(blockIdx.z) * p.out_elems, p.vec_out};
   Tr::Out::run(engine, p.epilogue, out, slabs + warp * Tr::Out::kSlabFloats, stats, warp_m, warp_n, lane);
   if (stats) {
     __syncthreads();  // stats
     for (int c = thread; c < Tr::BN && n0 + c < cols; c += Tr::kThreads) {
-      Moments m = stats[c];
-      for (int i = 1; i < Tr::kWarpsM; ++i) m = merge(m, stats[i * Tr::BN + c]);
-      int64_t at = static_cast<int64_t>(blockIdx.x / p.n_tiles) * g.k + group * cols + n0 + c;
-      p.epilogue.stat_mean[at] = m.mean;
-      p.epilogue.stat_m2[at] = m.m2;
+      State sum = stats[c];
+      for (int i = 1; i < Tr::kWarpsM; ++i) sum.add(stats[i * Tr::BN + c]);
+      sum.store(p.epilogue, tile_stats + c);
     }
   }
 }

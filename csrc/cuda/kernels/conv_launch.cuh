@@ -59,7 +59,8 @@ bool fits16(int channels) {
 template <class T>
 bool epilogue_aligned(const ConvEpilogue<T>& e) {
   return aligned16(e.out) && aligned16(e.residual) && aligned16(e.preact) && aligned16(e.grad_saved) &&
-         aligned16(e.partial);
+         aligned16(e.partial) && aligned16(e.norm_x) && aligned16(e.norm_mean) && aligned16(e.norm_invstd) &&
+         aligned16(e.norm_weight) && aligned16(e.norm_bias);
 }
 
 template <class T>
@@ -70,7 +71,11 @@ Status check_conv(const ConvProblem<T>& p, ConvKind kind) {
   if (g.groups < 1 || g.c % g.groups || g.k % g.groups) return {"conv: channels are not divisible by groups"};
   if (p.splits < 1 || p.splits > kMostGridYZ) return {"conv: splits must be in [1, 65535]"};
   if (p.splits > 1 && !p.epilogue.partial) return {"conv: a split-K convolution needs a workspace"};
-  if (p.splits > 1 && p.epilogue.stat_mean) return {"conv: statistics are not available with split-K"};
+  if (p.splits > 1 && (p.epilogue.stat_mean || p.epilogue.sum_g))
+    return {"conv: statistics are not available with split-K"};
+  if (p.epilogue.sum_g && !p.epilogue.grad_saved && needs_output(p.epilogue.act))
+    return {"conv: this activation needs its output"};
+  if (p.epilogue.sum_g && kind != kDgrad) return {"conv: sums of gradients are of a data gradient"};
   return {conv_limit(g, kind)};
 }
 
@@ -108,14 +113,28 @@ Status dispatch_conv_gemm(const ConvProblem<T>& problem, ConvGemmParams<T> p, bo
   }
 }
 
-// Rows of the tile that will really run: what the reader of the statistics partials must know ([ceil(npq / rows), k]).
-template <class T>
-int conv_tile_rows(const ConvProblem<T>& p) {
+// Whether 16-byte copies fit both operands.
+template <class T, bool Dgrad>
+bool conv_vec(const ConvProblem<T>& p) {
   const ConvShape& g = p.shape;
-  bool vec = fits16<T>(g.c / g.groups) && aligned16(p.a) && aligned16(p.b);
-  if (!vec) return 64;
+  return fits16<T>(g.c / g.groups) && (!Dgrad || fits16<T>(g.k / g.groups)) && aligned16(p.a) && aligned16(p.b);
+}
+
+// Rows of the tile that will really run: what the reader of the statistics partials must know ([ceil(npq / rows), k]).
+template <class T, bool Dgrad = false>
+int conv_tile_rows(const ConvProblem<T>& p) {
+  if (!conv_vec<T, Dgrad>(p)) return 64;
   bool exact = std::is_same_v<T, float> && !p.tensor;
   return exact ? kExactTiles[exact_tile(p.tile)].bm : kConvTiles[p.tile].bm;
+}
+
+// The tiles of a data gradient, in rows: sum_g and sum_gx are [tiles, c].
+template <class T>
+int64_t conv_sum_tiles(const ConvProblem<T>& p) {
+  const ConvShape& g = p.shape;
+  const int classes = min_int(g.stride_h, g.h) * min_int(g.stride_w, g.w);
+  const int64_t rows = static_cast<int64_t>(g.n) * ceil_div(g.h, g.stride_h) * ceil_div(g.w, g.stride_w);
+  return classes * ceil_div64(rows, conv_tile_rows<T, true>(p));
 }
 
 template <class T, bool Dgrad>
@@ -126,7 +145,7 @@ Status launch_conv_gemm(const ConvProblem<T>& problem, Stream stream) {
   const int cg = g.c / g.groups, kg = g.k / g.groups, out_channels = Dgrad ? g.c : g.k;
   ConvGemmParams<T> p{problem.a,      problem.b, g,    problem.prologue, problem.epilogue, FastDiv(), 0, 0,
                       problem.splits, 0,         false};
-  bool vec = fits16<T>(cg) && (!Dgrad || fits16<T>(kg)) && aligned16(p.a) && aligned16(p.b);
+  const bool vec = conv_vec<T, Dgrad>(problem);
   p.vec_out = fits16<T>(Dgrad ? cg : kg) && epilogue_aligned(p.epilogue);
   if (p.splits == 1) p.epilogue.partial = nullptr;
   if constexpr (!Dgrad) {

@@ -48,7 +48,7 @@ struct ConvWgradTraits {
                                     SimtEngine<T, WM, WN, kKBytes, true, true, BM, BN>>;
   using CopyA = TileCopy<T, BK, BM * kElem, VecBytesA_, kThreads, VecBytesA_ >= 4, kElem == 4>;
   using CopyB = TileCopy<T, BK, BN * kElem, VecBytesB_, kThreads, VecBytesB_ >= 4, kElem == 4>;
-  using Out = Epilogue<Engine, T, BN>;
+  using Out = Epilogue<Engine, T, BN, ColumnSums::kNone>;
   static constexpr int kRing = kStages * (kTileA + kTileB);
   static constexpr int kSlabs = kWarpsM * kWarpsN * Out::kSlabFloats * 4;
   static constexpr int kMain = ((kRing > kSlabs ? kRing : kSlabs) + 15) / 16 * 16;

@@ -9,6 +9,6 @@ namespace fastconv {
   template Status launch_act_backward<T>(const ActBackwardParams<T>&, Stream);      \
   template Status launch_batch_norm<T>(const BatchNormParams<T>&, int64_t, Stream); \
   template Status launch_batch_norm_fold<T>(const BatchNormFold&, Stream);          \
-  template Status launch_batch_norm_backward<T>(const BatchNormBackwardParams<T>&, Stream);
+  template Status launch_batch_norm_backward<T>(const BatchNormBackwardParams<T>&, int64_t, Stream);
 FASTCONV_INSTANTIATE(FASTCONV_DTYPE)
 }  // namespace fastconv
