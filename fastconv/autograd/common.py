@@ -66,13 +66,16 @@ def differentiable_once(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grad_outputs: Tensor):
-        # Grad mode is on in a backward that was called with create_graph=True, and while torch.compile traces one.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         saved = deferred.saved(ctx)  # once: under activation checkpointing a second read is an error
+        # Grad mode is on in a backward that was called with create_graph=True, and while torch.compile traces one.
+        if not torch.is_grad_enabled():
+            grads = backward(ctx, saved, *grad_outputs)
+            deferred.release(ctx)
+            return grads
         with torch.no_grad():
             grads = backward(ctx, saved, *grad_outputs)
         deferred.release(ctx)
-        if not again:
+        if torch.compiler.is_compiling():
             return grads
         sources = [t for t in (*saved, *grad_outputs) if t is not None and t.requires_grad]
         if getattr(ctx, "source", None) is not None:

@@ -44,7 +44,7 @@ def source(tensor: Tensor | None) -> Any:
 
 def saved(ctx: Any) -> tuple[Tensor | None, ...]:
     """ctx.saved_tensors; of a deferred group read once, until its own backward is over."""
-    if not may_defer() or getattr(ctx, "deferred_version", None) is None:
+    if getattr(ctx, "deferred_version", None) is None or not may_defer():
         return ctx.saved_tensors
     if ctx.kept is None:
         ctx.kept = ctx.saved_tensors
@@ -53,7 +53,7 @@ def saved(ctx: Any) -> tuple[Tensor | None, ...]:
 
 def release(ctx: Any) -> None:
     """After the group's backward: nobody needs its result any more."""
-    if may_defer() and getattr(ctx, "deferred_version", None) is not None:
+    if getattr(ctx, "deferred_version", None) is not None and may_defer():
         ctx.kept = ctx.value = None
 
 

@@ -13,7 +13,9 @@ from .common import differentiable_once
 def keep_input(ctx, input: Tensor, backend: str) -> None:
     """What the backward needs of the input: its size and its layout, which grad_output need not share."""
     ctx.backend, ctx.input_size = backend, input.shape[2:]
-    ctx.channels_last = suggest_memory_format(input) is torch.channels_last
+    ctx.channels_last = input.is_contiguous(memory_format=torch.channels_last)
+    if ctx.channels_last == input.is_contiguous():  # neither, or both
+        ctx.channels_last = suggest_memory_format(input) is torch.channels_last
 
 
 class MaxPool2dFunction(torch.autograd.Function):
