@@ -80,6 +80,13 @@ def test_which_ones_are_stepped_in_place(dtype):
         assert PLAN.conv2d_steps_in_place(p.x, p.w, p.geometry) == (edge in FEW), edge
 
 
+@DTYPES
+def test_weights_that_are_read_where_they_lie_are_not_packed(dtype):
+    for edge, packed in (("8 rows", False), ("17 rows", True)):
+        p = Problem(edge, dtype)
+        assert (PLAN.conv2d_pack(p.x, p.w, p.geometry).numel() > 0) == packed, edge
+
+
 @WEIGHTS
 @DTYPES
 @EDGE

@@ -144,6 +144,8 @@ def test_skipping_dead_taps_changes_nothing_without_decay_and_state():
         results.append((mine, buffer))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][0], w)
+    if _ext.build_info()["cpu_isa"] in ("portable", "avx2"):
+        return  # this shape's gradient is stock's, and updated whole
     buffer = torch.ones_like(w)  # and with state it does: so the plan has to look
     PLAN.conv2d_weight_grad_update(g, x, mine, geometry, mine, [buffer], None, hyper, "sgd", True)
     assert torch.equal(buffer[:, :, 0, 0], torch.ones(64, 64)) and not torch.equal(

@@ -242,6 +242,11 @@ int64_t rows_packed_bytes(const ConvParams& p, int64_t element, ConvPass pass) {
 }
 
 template <class T>
+bool rows_in_place(const ConvParams& p) {
+  return plan_in_place<T>(p) != nullptr;
+}
+
+template <class T>
 void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed) {
   const RowsShape shape = tile_shape<T>();
   const bool transposed = pass == ConvPass::input_grad;
@@ -256,8 +261,9 @@ void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed
 #define FASTCONV_ROWS_PASSES(T, W)                                                                              \
   template void rows_forward<T, W>(const ConvParams&, const T*, const W*, const void*, const RowsEpilogue<T>&); \
   template void rows_input_grad<T, W>(const ConvParams&, const T*, const W*, const void*, const RowsEpilogue<T>&);
-#define FASTCONV_ROWS_INSTANTIATE(T) \
-  FASTCONV_ROWS_PASSES(T, T)         \
+#define FASTCONV_ROWS_INSTANTIATE(T)                 \
+  FASTCONV_ROWS_PASSES(T, T)                         \
+  template bool rows_in_place<T>(const ConvParams&); \
   template void rows_pack<T>(const ConvParams&, const T*, ConvPass, void*);
 FASTCONV_ROWS_INSTANTIATE(float)
 FASTCONV_ROWS_INSTANTIATE(bf16)

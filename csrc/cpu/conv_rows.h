@@ -40,6 +40,9 @@ bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool p
 int64_t rows_packed_bytes(const ConvParams& p, int64_t element, ConvPass pass);
 template <class T>
 void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed);
+// Whether the forward pass reads weights where they lie as fast as packed ones: few rows.
+template <class T>
+bool rows_in_place(const ConvParams& p);
 
 // y[n,p,q,k] = act((conv(x, w) - mean) * scale + shift + residual); e.out and what else e names. `packed` (or null:
 // `weight` is packed on the way).

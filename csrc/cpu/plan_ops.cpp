@@ -31,15 +31,16 @@ void conv2d(const at::Tensor& input, const at::Tensor& weight, const OptTensor& 
   e.residual = or_none(residual), e.pre = or_none(preact);
   e.act = plan_act(op, act);
   e.out = output;
-  if (given(packed) && packed->numel() > 0 && conv_uses_rows(p, input, ConvPass::forward)) {
-    const int64_t bytes = rows_packed_bytes(p, input.element_size(), ConvPass::forward);
+  if (given(packed) && packed->numel() > 0) {
+    const bool rows = conv_uses_rows(p, input, ConvPass::forward);
+    const int64_t bytes = rows ? rows_packed_bytes(p, input.element_size(), ConvPass::forward) : 0;
     TORCH_CHECK(packed->numel() == bytes, op, ": packed expected ", bytes, " bytes, got ", packed->numel());
     e.packed = packed->const_data_ptr();
   }
   conv_forward(p, input, weight, e, kNhwc);
 }
 
-// The weights as conv2d above reads them for an input of this size; empty where it does not take them packed.
+// The weights as conv2d above reads them for an input of this size; empty where it reads them as they are.
 at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef geometry) {
   constexpr const char* op = "fastconv_plan::conv2d_pack";
   const ConvParams p = plan_conv_params(op, input, weight, geometry);
@@ -47,6 +48,7 @@ at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::In
   at::Tensor out = at::empty({0}, bytes);
   with_rows(p, input, ConvPass::forward, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if (rows_in_place<T>(p)) return;
     out = at::zeros({rows_packed_bytes(p, input.element_size(), ConvPass::forward)}, bytes);
     rows_pack<T>(p, const_data<T>(weight), ConvPass::forward, out.data_ptr());
   });

@@ -57,7 +57,6 @@ struct ConvGemmTraits {
   // registers.
   static constexpr int kRegisters = BM * BN / kThreads + 64 + (kPrologue ? 64 : 0) + (kDgrad ? 8 : 0) +
                                     (kElem == 4 ? 32 : 0) + (kVecBytes < 16 ? 64 : 0) + (kTensor ? 0 : 32);
-  static constexpr int kMinBlocks = min_int(max_int(65536 / (kThreads * kRegisters), 1), 8);
 
   using Engine = std::conditional_t<kTensor, TensorEngine<T, WM, WN, kKBytes, false, kDgrad, BM, BN>,
                                     SimtEngine<T, WM, WN, kKBytes, false, kDgrad, BM, BN>>;
@@ -71,6 +70,10 @@ struct ConvGemmTraits {
       kWarpsM * kWarpsN * Out::kSlabFloats * 4 + kWarpsM * BN * static_cast<int>(sizeof(typename Out::State));
   static constexpr int kMain = ((kRing > kSlabs ? kRing : kSlabs) + 15) / 16 * 16;  // the epilogue reuses the ring
   static constexpr int kSmem = kMain + BM * (16 + 8);
+  // No more than fit an SM's shared memory at most (227 KiB, one of which is each block's): else registers would be
+  // saved, and spilled, for blocks that cannot be there.
+  static constexpr int kMinBlocks =
+      max_int(min_int(min_int(65536 / (kThreads * kRegisters), 232448 / (kSmem + 1024)), 8), 1);
 };
 
 struct alignas(16) ConvRow {  // where GEMM row m starts to read: one shared-memory access
