@@ -34,10 +34,9 @@ struct ConvCall {
   float *sum_g, *sum_gx;
 };
 std::string conv(const ConvCall& call, LaunchStream stream);
-// Rows of the tile that will run: statistics partials are [ceil(n p q / rows), k].
+// Rows of the tile that will run: statistics partials are [ceil(n p q / rows), k], a data gradient's sums
+// [dgrad_classes * ceil(dgrad_class_rows / rows), c].
 int conv_tile_rows(const ConvCall& call);
-// Tiles of a dgrad: sum_g and sum_gx are [tiles, c].
-int64_t conv_sum_tiles(const ConvCall& call);
 
 // Chunks that the channel-wise kernels cut [rows, channels] into at most: the size of their workspaces.
 int most_column_chunks(int dtype, int64_t rows, int channels, int blocks, int min_rows);

@@ -9,12 +9,9 @@ template <class T>
 Status call_conv(const ConvCall& c, Stream stream);
 template <class T>
 int call_conv_tile_rows(const ConvCall& c);
-template <class T>
-int64_t call_conv_sum_tiles(const ConvCall& c);
 #define FASTCONV_EXTERN(T)                                      \
   extern template Status call_conv<T>(const ConvCall&, Stream); \
-  extern template int call_conv_tile_rows<T>(const ConvCall&);  \
-  extern template int64_t call_conv_sum_tiles<T>(const ConvCall&);
+  extern template int call_conv_tile_rows<T>(const ConvCall&);
 FASTCONV_EXTERN(float)
 FASTCONV_EXTERN(__half)
 FASTCONV_EXTERN(__nv_bfloat16)
@@ -27,12 +24,6 @@ int conv_tile_rows(const ConvCall& c) {
   return c.dtype == 0   ? call_conv_tile_rows<float>(c)
          : c.dtype == 1 ? call_conv_tile_rows<__half>(c)
                         : call_conv_tile_rows<__nv_bfloat16>(c);
-}
-
-int64_t conv_sum_tiles(const ConvCall& c) {
-  return c.dtype == 0   ? call_conv_sum_tiles<float>(c)
-         : c.dtype == 1 ? call_conv_sum_tiles<__half>(c)
-                        : call_conv_sum_tiles<__nv_bfloat16>(c);
 }
 
 }  // namespace fastconv

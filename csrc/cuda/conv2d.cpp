@@ -107,7 +107,8 @@ ConvRest conv_input_grad(const char* op, const Device& device, const ConvParams&
   ConvRest rest;
   if (takes_parts) keep_parts(call, partial, rest);
   if (norm != nullptr && call.kind == kDgrad && call.splits == 1) {
-    norm->tiles = conv_sum_tiles(call);
+    const int64_t rows = conv_tile_rows(call);
+    norm->tiles = dgrad_classes(call.shape) * ((dgrad_class_rows(call.shape) + rows - 1) / rows);
     norm->parts = at::empty({2, norm->tiles, p.c}, acc_options(dx));
     call.norm_x = raw(norm->x);
     call.norm_mean = const_data<float>(norm->mean), call.norm_invstd = const_data<float>(norm->invstd);

@@ -5,6 +5,5 @@ namespace fastconv {
 
 template Status call_conv<__nv_bfloat16>(const ConvCall&, Stream);
 template int call_conv_tile_rows<__nv_bfloat16>(const ConvCall&);
-template int64_t call_conv_sum_tiles<__nv_bfloat16>(const ConvCall&);
 
 }  // namespace fastconv

@@ -5,6 +5,5 @@ namespace fastconv {
 
 template Status call_conv<__half>(const ConvCall&, Stream);
 template int call_conv_tile_rows<__half>(const ConvCall&);
-template int64_t call_conv_sum_tiles<__half>(const ConvCall&);
 
 }  // namespace fastconv

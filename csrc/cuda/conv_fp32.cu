@@ -5,6 +5,5 @@ namespace fastconv {
 
 template Status call_conv<float>(const ConvCall&, Stream);
 template int call_conv_tile_rows<float>(const ConvCall&);
-template int64_t call_conv_sum_tiles<float>(const ConvCall&);
 
 }  // namespace fastconv

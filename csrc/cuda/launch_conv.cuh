@@ -64,12 +64,8 @@ Status call_conv(const ConvCall& c, Stream stream) {
 
 template <class T>
 int call_conv_tile_rows(const ConvCall& c) {
-  return conv_tile_rows(conv_problem<T>(c));
-}
-
-template <class T>
-int64_t call_conv_sum_tiles(const ConvCall& c) {
-  return conv_sum_tiles(conv_problem<T>(c));
+  const ConvProblem<T> p = conv_problem<T>(c);
+  return c.kind == kDgrad ? conv_tile_rows<T, true>(p) : conv_tile_rows<T, false>(p);
 }
 
 }  // namespace fastconv

@@ -17,7 +17,6 @@ from .program import Buffer, Slot
 
 SCALAR_TYPES = {torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType, as operators take it
 FLOAT32, BFLOAT16 = SCALAR_TYPES.values()
-SAVES_OUTPUT = {"relu", "relu6", "leaky_relu", "sigmoid", "tanh"}
 
 
 @dataclass(eq=False)

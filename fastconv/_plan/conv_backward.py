@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..autograd.batch_norm_act import slope_from_input
-from .backward import SAVES_OUTPUT, BackwardLowering, Pending
+from ..autograd.common import saves_output
+from .backward import BackwardLowering, Pending
 from .forward import PIXEL, as_filter, as_pixel, geometry, is_pixelwise
 from .network import Node, Refused
 from .program import Buffer
@@ -41,7 +42,7 @@ class TrainingLowering(BackwardLowering):
         shift = None if bias is None else bias.detach()
         common = [x, weight, None, None, None, shift]
         if bn is None:
-            preact = None if node.act in SAVES_OUTPUT or node.act == "identity" else self.own(node.output)
+            preact = None if saves_output(node.act) or node.act == "identity" else self.own(node.output)
             self.build.call("fastconv_plan::conv2d", [*common, residual, geometry(node), node.act, preact, out])
 
             def backward(grad: Any) -> None:
@@ -186,7 +187,7 @@ class TrainingLowering(BackwardLowering):
             name, arguments = "conv2d_bn", [*convolution, *norm, geometry(node), momentum, bn.eps, node.act, raw, out]
         build.call(f"fastconv_plan::{name}", arguments, [mean, invstd])
         recompute = slope_from_input(node.act, True, node.residual is not None)
-        from_output = node.act in SAVES_OUTPUT and not recompute
+        from_output = saves_output(node.act) and not recompute
 
         def backward(found: Any) -> Any:
             shares = self.wants(node.residual) and node.act == "identity"

@@ -103,6 +103,7 @@ class Builder:
         self.buffers: list[Buffer] = []
         self.slots = 0
         self.arena_bytes = 0
+        self.joined: dict[int, int] = {}  # joins(), once the program is finished
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         self.buffers.append(Buffer(tuple(shape), dtype))
@@ -125,8 +126,7 @@ class Builder:
     @staticmethod
     def _buffers(arguments: list[Any]) -> list[Buffer]:
         """The buffers among the arguments, and those that slots among them may lie in."""
-        parts = [part for value in arguments for part in (value if isinstance(value, list) else (value,))]
-        return [b for p in parts for b in ((p,) if isinstance(p, Buffer) else getattr(p, "views", ()))]
+        return [place for place in _memory(arguments) if isinstance(place, Buffer)]
 
     def returning(self, op: str, arguments: list[Any], aside: bool = False) -> Slot:
         """The same for an operator with one result, which gets a slot of its own."""
@@ -180,8 +180,8 @@ class Builder:
 
     def finish(self) -> Any:
         """Lays out the buffers and binds the calls: a ``torch.classes.fastconv.Program``."""
-        joins = self.joins()
-        for i, join in joins.items():
+        self.joined = self.joins()
+        for i, join in self.joined.items():
             for buffer in self._buffers(self.calls[i].arguments):
                 buffer.last = max(buffer.last, join)
         self.arena_bytes = lay_out([b for b in self.buffers if b.first >= 0])
@@ -221,6 +221,6 @@ class Builder:
                     arguments.append(bound(value, i, -1))
             results = [-1 if r is None else r.index for r in call.results]
             program.call(call.op, call.overload, arguments, inputs, results)
-        for i, join in joins.items():
+        for i, join in self.joined.items():
             program.aside(i, join, arena.device)
         return program

@@ -63,7 +63,7 @@ class TrainingPlan:
         lowering.at[network.input] = nhwc(build, entry) if x.dim() == 4 else entry
         self.loss = lowering.program(self.target, loss)
         self.program = build.finish()
-        self.arena_bytes, self.labels, self.joins = build.arena_bytes, build.labels(), build.joins()
+        self.arena_bytes, self.labels, self.joins = build.arena_bytes, build.labels(), build.joined
         self.halves = list(lowering.halves.values())
         self.grads = list(lowering.grads.values())
         self.skips = lowering.skips

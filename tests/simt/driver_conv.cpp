@@ -33,14 +33,6 @@ extern "C" int simt_conv_tile_rows(const ConvCall* c) {
 #endif
 }
 
-extern "C" int64_t simt_conv_sum_tiles(const ConvCall* c) {
-#if FASTCONV_SIMT_DTYPES == 7
-  return conv_sum_tiles(*c);
-#else
-  return call_conv_sum_tiles<__nv_bfloat16>(*c);
-#endif
-}
-
 // The host side's choice: tile * 1000 + splits.
 extern "C" int simt_choose_conv(const ConvShape* shape, int kind, int element, int multiprocessors, int stats) {
   const cuda::ConvChoice c =

@@ -147,7 +147,10 @@ def run(
         }
         call.stat_mean, call.stat_m2 = pointer(info["mean"]), pointer(info["m2"])
     if "norm_x" in extra:
-        info["sums"] = torch.full((2, lib.lib.simt_conv_sum_tiles(ctypes.byref(call)), case.c), float("nan"))
+        rows = lib.lib.simt_conv_tile_rows(ctypes.byref(call))
+        classes = [min(stride, size) for stride, size in zip(case.stride, (case.h, case.w), strict=True)]
+        largest = case.n * -(-case.h // case.stride[0]) * -(-case.w // case.stride[1])
+        info["sums"] = torch.full((2, classes[0] * classes[1] * -(-largest // rows), case.c), float("nan"))
         call.sum_g, call.sum_gx = (pointer(part) for part in info["sums"])
     lib.call("simt_conv", ctypes.byref(call), seed=seed)
     info["counters"] = lib.counters

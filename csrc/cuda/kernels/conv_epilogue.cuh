@@ -10,6 +10,15 @@
 
 namespace fastconv {
 
+template <int N, class T>
+__device__ __forceinline__ void add_residual(const ConvEpilogue<T>& e, float (&x)[N], int64_t at) {
+  if (!e.residual) return;
+  float r[N];
+  load_floats<N>(r, e.residual + at);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] += r[i];
+}
+
 // y = epilogue(x) for N consecutive channels starting at k, at element offset `at` of the output.
 template <int N, class T>
 __device__ __forceinline__ void epilogue_values(const ConvEpilogue<T>& e, float (&x)[N], int k, int64_t at) {
@@ -25,12 +34,7 @@ __device__ __forceinline__ void epilogue_values(const ConvEpilogue<T>& e, float 
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] += to_float(e.bias[k + i]);
   }
-  if (e.residual) {
-    float r[N];
-    load_floats<N>(r, e.residual + at);
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] += r[i];
-  }
+  add_residual<N>(e, x, at);
   if (e.preact) store_floats<N>(e.preact + at, x);
   if (e.grad_saved) {
     float s[N];
@@ -137,12 +141,7 @@ struct Epilogue {
     if (kGradient && keep) {
       float xhat[N], slope[N];
       norm_values<N>(e, o.channel + col, at, xhat, slope);
-      if (e.residual) {
-        float r[N];
-        load_floats<N>(r, e.residual + at);
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] += r[i];
-      }
+      add_residual<N>(e, x, at);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         x[i] = to_float(from_float<T>(x[i] * slope[i]));  // what is read from out: the sums are of that

@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
   const int64_t tile_stats =
       (static_cast<int64_t>(cls) * p.m_tiles + blockIdx.x / p.n_tiles) * out_channels + group * cols + n0;
   if (m0 >= m_total) {  // the whole block: a smaller stride class has fewer tiles
+    ptx::pdl_wait();    // the kernel before may still use this memory
     if (State::wanted(p.epilogue))
       for (int c = thread; c < Tr::BN && n0 + c < cols; c += Tr::kThreads) State().store(p.epilogue, tile_stats + c);
     return;
@@ -276,15 +277,11 @@ template <class Tr>
 Status run_conv_gemm(ConvGemmParams<typename Tr::T> p, Stream stream) {
   const ConvShape& g = p.shape;
   const int cg = g.c / g.groups, kg = g.k / g.groups;
-  int classes = 1, rows_h = g.p, rows_w = g.q;
-  if (Tr::kDgrad) {  // class 0 is the largest
-    classes = min_int(g.stride_h, g.h) * min_int(g.stride_w, g.w);
-    rows_h = ceil_div(g.h, g.stride_h), rows_w = ceil_div(g.w, g.stride_w);
-  }
+  const int classes = Tr::kDgrad ? dgrad_classes(g) : 1;
+  const int64_t rows = Tr::kDgrad ? dgrad_class_rows(g) : static_cast<int64_t>(g.n) * g.p * g.q;
   p.inner = FastDiv(Tr::kDgrad ? kg : cg);
   p.n_tiles = ceil_div(Tr::kDgrad ? cg : kg, Tr::BN);
-  int64_t m_tiles = ceil_div64(static_cast<int64_t>(g.n) * rows_h * rows_w, Tr::BM);
-  p.m_tiles = static_cast<int>(m_tiles);
+  p.m_tiles = static_cast<int>(ceil_div64(rows, Tr::BM));
   p.out_elems = static_cast<int64_t>(g.n) *
                 (Tr::kDgrad ? static_cast<int64_t>(g.h) * g.w * g.c : static_cast<int64_t>(g.p) * g.q * g.k);
   dim3 grid(p.m_tiles * p.n_tiles, classes * g.groups, p.splits);

@@ -120,21 +120,13 @@ bool conv_vec(const ConvProblem<T>& p) {
   return fits16<T>(g.c / g.groups) && (!Dgrad || fits16<T>(g.k / g.groups)) && aligned16(p.a) && aligned16(p.b);
 }
 
-// Rows of the tile that will really run: what the reader of the statistics partials must know ([ceil(npq / rows), k]).
-template <class T, bool Dgrad = false>
+// Rows of the tile that will really run: what the reader of the sums over rows must know, [ceil(npq / rows), k] in
+// fprop, [dgrad_classes * ceil(dgrad_class_rows / rows), c] in dgrad.
+template <class T, bool Dgrad>
 int conv_tile_rows(const ConvProblem<T>& p) {
   if (!conv_vec<T, Dgrad>(p)) return 64;
   bool exact = std::is_same_v<T, float> && !p.tensor;
   return exact ? kExactTiles[exact_tile(p.tile)].bm : kConvTiles[p.tile].bm;
-}
-
-// The tiles of a data gradient, in rows: sum_g and sum_gx are [tiles, c].
-template <class T>
-int64_t conv_sum_tiles(const ConvProblem<T>& p) {
-  const ConvShape& g = p.shape;
-  const int classes = min_int(g.stride_h, g.h) * min_int(g.stride_w, g.w);
-  const int64_t rows = static_cast<int64_t>(g.n) * ceil_div(g.h, g.stride_h) * ceil_div(g.w, g.stride_w);
-  return classes * ceil_div64(rows, conv_tile_rows<T, true>(p));
 }
 
 template <class T, bool Dgrad>

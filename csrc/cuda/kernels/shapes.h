@@ -12,6 +12,14 @@ struct ConvShape {
   int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
 };
 
+// A data gradient's stride classes, and the GEMM rows of the first, which is the largest.
+constexpr int dgrad_classes(const ConvShape& g) {
+  return (g.stride_h < g.h ? g.stride_h : g.h) * (g.stride_w < g.w ? g.stride_w : g.w);
+}
+constexpr int64_t dgrad_class_rows(const ConvShape& g) {
+  return static_cast<int64_t>(g.n) * ((g.h + g.stride_h - 1) / g.stride_h) * ((g.w + g.stride_w - 1) / g.stride_w);
+}
+
 // One filter per channel: kernels of their own.
 template <class Shape>
 constexpr bool is_depthwise(const Shape& g) {
