@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,15 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What was measured on this machine must not decide what the suite runs; the tests of the choice set it themselves.
 os.environ.setdefault("FASTCONV_TUNE", "0")
+# The assertions of these helpers show what was compared, as those of the tests do. Before they are imported.
+pytest.register_assert_rewrite("dynamo_util", "fuse_util", "plan_ops_util", "plan_util", "simt_conv", "simt_norm")
+import fuse_models  # noqa: E402
 import simt_backend  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 import fastconv  # noqa: E402
+from fastconv._plan import evaluation  # noqa: E402
 from fastconv.ops import choice, keys, registry  # noqa: E402
 from fastconv.ops import measure as measuring  # noqa: E402
 
@@ -116,6 +122,27 @@ def planner(request: pytest.FixtureRequest) -> Iterator[Planner]:
     exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     with fastconv.use_backend(name), torch.device("cuda" if name == "cuda" else "cpu"), exact:
         yield Planner(name, {"plan": True} if name == "cuda" else {})
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """A small residual network of stock layers."""
+    torch.manual_seed(3)
+    return fuse_models.Net().double()
+
+
+@pytest.fixture
+def pair(net) -> tuple[nn.Module, nn.Module]:
+    """(fused, stock), equal and apart."""
+    return fastconv.fuse(copy.deepcopy(net)), net
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list:
+    """The programs of a fused model's evaluation that ran, in order."""
+    seen, real = [], evaluation.EvaluationPlan.run
+    monkeypatch.setattr(evaluation.EvaluationPlan, "run", lambda plan, x: seen.append(plan) or real(plan, x))
+    return seen
 
 
 @pytest.fixture

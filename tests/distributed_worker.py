@@ -10,7 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from test_fuse_module import Net
+from fuse_models import Net
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fuse import ACTS, Residual, assert_same, iadd, image, one_thread  # noqa: F401
-from test_fuse_module import Block, Net, X
+from fuse_models import ACTS, Block, Net, Residual, X, iadd
+from fuse_util import assert_same, image, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fuse import image
-from test_fuse_module import Net
+from fuse_models import Net
+from fuse_util import image
 from torch import nn
 
 import fastconv

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fuse import assert_close, assert_same, image, left, one_thread, patterns  # noqa: F401
+from fuse_util import assert_close, assert_same, image, left, one_thread, patterns  # noqa: F401
 from torch import Tensor, nn
 
 import fastconv

@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
+from fuse_models import Residual, iadd
+from fuse_util import image, one_thread  # noqa: F401
 from test_deferred import kept
-from test_fuse import Residual, iadd, image, one_thread  # noqa: F401
 from torch import nn
 
 import fastconv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_fuse import assert_close, assert_same, image, left, one_thread, patterns  # noqa: F401
+from fuse_util import assert_close, assert_same, image, left, one_thread, patterns  # noqa: F401
 from torch import nn
 
 import fastconv

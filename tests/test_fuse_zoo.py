@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_fuse import assert_same, image, left, one_thread, patterns  # noqa: F401
+from fuse_models import tiny_vgg
+from fuse_util import assert_same, image, left, one_thread, patterns  # noqa: F401
 from torch import nn
 
 import fastconv
 
 models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-
-
-def tiny_vgg(batch_norm: bool) -> nn.Module:
-    layers = models.vgg.make_layers([8, "M", 16, 16, "M", 16, "M"], batch_norm=batch_norm)
-    model = models.VGG(layers, num_classes=5)
-    model.classifier = nn.Sequential(nn.Linear(16 * 49, 8), nn.ReLU(True), nn.Dropout(), nn.Linear(8, 5))
-    return model
 
 
 def tiny_alexnet() -> nn.Module:

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plan_gpu import small_net
+from plan_util import small_net
 from torch import nn
 
 import fastconv

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from test_plan_gpu import small_net
+from plan_util import small_net
 from torch.utils import cpp_extension
 
 import fastconv

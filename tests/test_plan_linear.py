@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plan_training import FUSED, OPTIMIZERS, assert_near, by_hand, planned
+from plan_util import FUSED, OPTIMIZERS, assert_near, batches, by_hand, planned
 from torch import nn
 
 import fastconv
@@ -25,11 +25,6 @@ def net(bias: bool = True) -> nn.Module:
         nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 256, bias), nn.ReLU(),
         nn.Linear(256, 264, bias=False), nn.Tanh(), nn.Linear(264, 5),
     ).to(memory_format=torch.channels_last)  # fmt: skip
-
-
-def batches(count: int, size: int = 6):
-    torch.manual_seed(1)
-    return [(torch.randn(size, 3, 14, 14), torch.randint(5, (size,))) for _ in range(count)]
 
 
 def labels(step: fastconv.TrainStep) -> str:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from plan_ops_util import LAST, OPTIMIZERS, SHAPES, backward, close, problem
 
 from fastconv import _ext
 from fastconv._plan.program import Buffer, Builder, lay_out
@@ -15,42 +15,8 @@ from fastconv._plan.program import Buffer, Builder, lay_out
 if not _ext.HAS_EXT:
     pytest.skip(_ext.EXT_REASON, allow_module_level=True)
 
+
 PLAN = torch.ops.fastconv_plan
-LAST = torch.channels_last
-# (input, filters, kernel, stride, padding, dilation, groups): the engine's shapes, few channels, depthwise, odd ones.
-SHAPES = {
-    "3x3": ((2, 32, 6, 6), 64, 3, 1, 1, 1, 1),
-    "strided": ((3, 64, 7, 5), 32, 3, 2, 1, 1, 1),
-    "1x1": ((4, 64, 3, 3), 96, 1, 1, 0, 1, 1),
-    "one pixel": ((4, 64, 1, 1), 64, 3, 1, 1, 1, 1),
-    "stem": ((2, 3, 16, 16), 64, 7, 2, 3, 1, 1),
-    "depthwise": ((2, 32, 6, 6), 32, 3, 1, 1, 1, 32),
-    "odd": ((2, 5, 7, 6), 9, 3, 1, 2, 2, 1),
-    # from 1 MiB on, a weight gradient is written past the caches
-    "large": ((3, 256, 2, 2), 256, 3, 1, 1, 1, 1),
-    "large, one pixel": ((2, 256, 1, 1), 256, 3, 1, 1, 1, 1),
-}
-
-
-def problem(name: str, dtype: torch.dtype = torch.float32):
-    size, k, r, stride, pad, dil, groups = SHAPES[name]
-    x = torch.randn(size).to(dtype).contiguous(memory_format=LAST)
-    w = (torch.randn(k, size[1] // groups, r, r) / 8).to(dtype).contiguous(memory_format=LAST)
-    settings = {"stride": stride, "padding": pad, "dilation": dil, "groups": groups}
-    geometry = [stride, stride, pad, pad, dil, dil, groups]
-    return x, w, settings, geometry
-
-
-def close(got: Tensor, stock: Tensor, oracle: Tensor) -> None:
-    scale = oracle.abs().max()
-    slack = (8 if got.dtype is torch.float32 else 1) * torch.finfo(got.dtype).eps * scale
-    mine, theirs = (got.double() - oracle).abs().max(), (stock.double() - oracle).abs().max()
-    assert mine <= 2 * theirs + slack, (mine, theirs)
-
-
-def backward(x: Tensor, w: Tensor, g: Tensor, settings: dict) -> tuple[Tensor, Tensor]:
-    x, w = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    return torch.autograd.grad(F.conv2d(x, w, **settings), (x, w), g)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -93,16 +59,6 @@ def test_conv2d_gradients(name, dtype):
     dw = torch.full_like(w, torch.nan, dtype=torch.float32)
     PLAN.conv2d_weight_grad(g, x, w, geometry, dw)
     close(dw, stock[1].float(), oracle[1])
-
-
-OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "decay": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.01}),
-    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
-    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-}
 
 
 @pytest.mark.parametrize("name", SHAPES)

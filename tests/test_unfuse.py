@@ -10,18 +10,12 @@ import sys
 
 import pytest
 import torch
-from test_fuse import assert_close, image, one_thread  # noqa: F401
-from test_fuse_module import Block, Net, X
+from fuse_models import Block, Net, X
+from fuse_util import assert_close, image, one_thread  # noqa: F401
 from torch import nn
 
 import fastconv
 from fastconv._fuse.module import FusedMixin
-
-
-@pytest.fixture
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return Net().double()
 
 
 def classes(model: nn.Module) -> dict[str, type]:

@@ -3,7 +3,7 @@
     python tests/simt/mutate.py [--only SUBSTRING ...] [--minutes M] [--part I/N] [--again] [--write]
 
 Two kinds of fault. Every barrier, warp barrier, cp.async wait and commit of the kernels is skipped in turn, at run
-time (FASTCONV_SIMT_SKIP, no rebuild). Then the edits of EDITS, each in a copy of the kernels: a dropped bound, a wrong
+time (FASTCONV_SIMT_SKIP, no rebuild). Then the edits of edits.py, each in a copy of the kernels: a dropped bound, a wrong
 swizzle, ...
 Verdicts are kept in build/simt by the content of the kernels and tests that they were made with, so that a run which
 stops (--minutes) is taken up by the next one, and parts (--part 1/2, 2/2) can run side by side.
@@ -29,6 +29,7 @@ from typing import IO, NamedTuple
 import pytest
 import simt_lib
 import torch
+from edits import EDITS, EQUIVALENT
 
 FAMILY_OF = {
     "act_backward": "norm",
@@ -47,247 +48,6 @@ TIMEOUT = 240  # seconds for one family's tests, which take less than a minute a
 torch.set_num_threads(1)  # a fork must not inherit a pool of threads
 SITE = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<[^>]*>\(\)|cp_async_commit\(\)")
 
-# (file, text, replacement[, how]): each must occur in the file; the first occurrence is replaced. how: "full" where only
-# the library with fp32 can see it, or the family of tests that looks at a file which several use.
-EDITS = [
-    ("conv_tile.cuh", "if constexpr (kChunks >= 8) return row & 7;", "if constexpr (kChunks >= 8) return 0;"),
-    ("conv_tile.cuh", "return (row >> 1) & 3;", "return row & 3;"),
-    (
-        "conv_tile.cuh",
-        "ptx::cp_async<VecBytes>(at(tile, row, col), p, ok)",
-        "ptx::cp_async<VecBytes>(at(tile, row, col), p, true)",
-    ),
-    ("conv_tile.cuh", "if (valid >> i & 1) transform(held[i]);", "transform(held[i]);"),
-    ("conv_tile.cuh", "          valid |= 1u << i;", ""),
-    ("conv_gemm.cuh", "ok = k_ok && r.image >= 0 &&", "ok = r.image >= 0 &&"),
-    ("conv_gemm.cuh", "ok = k_ok && r.image >= 0 &&", "ok = k_ok &&"),
-    ("conv_gemm.cuh", "static_cast<unsigned>(h) < static_cast<unsigned>(ah.in_size) &&", ""),
-    ("conv_gemm.cuh", "static_cast<unsigned>(w) < static_cast<unsigned>(aw.in_size);", "true;"),
-    ("conv_gemm.cuh", "ok = k_ok && n < cols;", "ok = k_ok;"),
-    ("conv_gemm.cuh", "ok = k < k_total && n < cols;", "ok = k < k_total;"),
-    ("conv_gemm.cuh", "ok = k < k_total && n < cols;", "ok = n < cols;"),
-    ("conv_gemm.cuh", "if (m < m_total) {", "if (true) {"),
-    ("conv_gemm.cuh", "if (m0 >= m_total) return;", ""),
-    ("conv_gemm.cuh", "Tr::kStages - 2>()", "Tr::kStages - 1>()"),
-    ("conv_gemm.cuh", "const int next = kt + Tr::kStages - 1;", "const int next = kt + Tr::kStages;"),
-    ("conv_gemm.cuh", "const int kt1 = min_int(kt0 + per_split, k_tiles);", "const int kt1 = kt0 + per_split;"),
-    ("conv_gemm.cuh", "if (i0 == i1) j0", "j0"),
-    ("conv_gemm.cuh", "m = merge(m, stats[i * Tr::BN + c]);", "m = stats[i * Tr::BN + c];"),
-    ("conv_gemm.cuh", "if (next < kt1) commit(next);", "commit(next);"),
-    ("conv_wgrad.cuh", "Tr::kStages - 2>()", "Tr::kStages - 1>()"),
-    ("conv_wgrad.cuh", "ok = a_ok && k < k_total;", "ok = a_ok;"),
-    ("conv_wgrad.cuh", "ok = a_ok && k < k_total;", "ok = k < k_total;"),
-    ("conv_wgrad.cuh", "ok = b_ok && k < k_total &&", "ok = b_ok &&"),
-    ("conv_wgrad.cuh", "static_cast<unsigned>(w) < static_cast<unsigned>(g.w);", "true;"),
-    ("conv_wgrad.cuh", "m0 + r < kg ?", "true ?"),
-    ("conv_params.cuh", "j0 = max_int(first, 0);", "j0 = max_int(first + 1, 0);"),
-    ("conv_params.cuh", "min_int(last + 1, taps)", "min_int(last, taps)"),
-    ("conv_params.cuh", "stride / gcd_int(stride, dil)", "stride"),
-    ("conv_epilogue.cuh", "if (row >= 0 && col < o.cols) write<kVec>", "if (row >= 0) write<kVec>"),
-    ("conv_epilogue.cuh", "if (row >= 0 && col < o.cols) write<1>", "if (row >= 0) write<1>"),
-    ("conv_epilogue.cuh", "staged[i] = to_float(from_float<T>(x[i]));", "staged[i] = x[i];"),
-    (
-        "conv_epilogue.cuh",
-        "m.mean += stage[r * kLd + c], m.count += 1.0f;",
-        "m.mean += stage[r * kLd + c], m.count = 16.0f;",
-    ),
-    ("conv_engine.cuh", "r[i] = ptx::to_tf32(x);", "", "full"),
-    ("conv_engine.cuh", "(mn & 3) * 4);", "(mn & 2) * 4);", "full"),
-    ("conv_engine.cuh", "i * lanes + l;", "i * lanes;", "full"),
-    ("conv_engine.cuh", "(m + (lane & 15), kk * 2 + (lane >> 4))", "(m + (lane & 15), kk * 2)"),
-    ("conv_engine.cuh", "kk * 2 + (lane >> 3 & 1)));", "kk * 2));"),
-    ("conv_engine.cuh", "if (ii != i) continue;", ""),
-    ("conv_engine.cuh", "if (s != slab) continue;", "", "full"),
-    ("conv_epilogue.cuh", "if (m.count > 0.0f) m.mean /= m.count;", "m.mean /= m.count;"),
-    ("conv_launch.cuh", "!Dgrad || fits16<T>(kg)", "true"),
-    ("conv_launch.cuh", "&& aligned16(p.a) && aligned16(p.b);\n  p.vec_out", ";\n  p.vec_out"),
-    ("conv_launch.cuh", "p.vec_out = fits16<T>(Dgrad ? cg : kg) &&", "p.vec_out ="),
-    ("conv_launch.cuh", "p.vec_out = fits16<T>(g.r * g.s * cg) &&", "p.vec_out ="),
-    ("conv_launch.cuh", "if (!vec) return 64;", ""),
-    ("conv_launch.cuh", "Dgrad ? static_cast<int64_t>(g.n) * g.h * g.w * g.c :", "false ? 0 :"),
-    ("conv_launch.cuh", "aligned16(p.dy), vec_b", "true, vec_b"),
-    ("conv_launch.cuh", "return tile < 2 ? 0 :", "return tile < 2 ? 1 :", "full"),
-    (
-        "conv_launch.cuh",
-        "if (p.splits == 1) p.epilogue.partial = nullptr;\n  if constexpr (!Dgrad)",
-        "if constexpr (!Dgrad)",
-    ),
-    ("conv_launch.cuh", "p.prologue.scale ? dispatch", "false ? dispatch"),
-    ("conv_wgrad.cuh", "p.out_elems = static_cast<int64_t>(g.k) * g.r * g.s * cg;", "p.out_elems = 0;"),
-    ("conv_gemm.cuh", "classes = min_int(g.stride_h, g.h) *", "classes = g.stride_h *"),
-    ("conv_gemm.cuh", "rows_h = ceil_div(g.h, g.stride_h)", "rows_h = g.h / g.stride_h"),
-    ("conv_depthwise.cuh", "vec = vec && reinterpret_cast<uintptr_t>(q) % 16 == 0;", ";"),
-    ("conv_depthwise.cuh", "if (p.splits == 1) p.epilogue.partial = nullptr;", ""),
-    ("conv_depthwise.cuh", "if (Dgrad) { if (iw % g.stride_w) continue;", "if (Dgrad) {"),
-    ("conv_depthwise.cuh", "x[j] = to_float(from_float<T>(x[j]));", ";", "full"),
-    ("../launch_conv.cuh", "case kDgrad: return launch_conv_dgrad(p, stream);", "case kDgrad: return {};"),
-    (
-        "../launch_conv.cuh",
-        "return launch_depthwise<T, true>(d, stream);",
-        "return launch_depthwise<T, false>(d, stream);",
-    ),
-    ("../launch_conv.cuh", "c.scale, c.shift, static_cast", "c.shift, c.scale, static_cast"),
-    ("../launch_conv.cuh", "p.prologue = {c.pro_scale, c.pro_shift,", "p.prologue = {c.pro_scale, c.pro_scale,"),
-    ("../launch_conv.cuh", "p.tensor = c.tensor != 0;", "p.tensor = true;", "full"),
-    ("../launch_dtype.cuh", "case 2: return f(__nv_bfloat16{})", "case 2: return f(__half{})", "norm"),
-    ("../launch_dtype.cuh", "return f(float{}).message;", "f(float{}); return {};", "norm"),
-    ("../norm.cu", "{c.running_mean, running}", "{c.running_mean, params}"),
-    ("../norm.cu", "c.training != 0, c.momentum", "true, c.momentum"),
-    ("../norm.cu", "act_backward_vec(p, c.channels) ? kVec16<T> : 1", "kVec16<T>"),
-    ("../norm.cu", "batch_norm_vec(p, c.channels) ? kVec16<T> : 1", "kVec16<T>"),
-    ("../norm.cu", "batch_norm_backward_vec(p, c.channels) ? kVec16<T> : 1", "kVec16<T>"),
-    ("../norm.cu", "{c.conv_bias, c.conv_bias_float != 0}", "{c.conv_bias, true}"),
-    ("../norm.cu", "return max_int(column_chunks(", "return min_int(column_chunks("),
-    ("../pool.cu", "c.offsets, c.shape", "nullptr, c.shape"),
-    ("../loss.cu", "static_cast<const uint8_t*>(c.target_u8),", "nullptr,"),
-    ("../loss.cu", "c.ignore_index, c.smoothing,", "c.ignore_index, 0.0f,"),
-    ("../loss.cu", "static_cast<T*>(c.grad_probabilities)", "nullptr"),
-    ("conv_reduce.cuh", "for (int s = 1; s < splits; ++s)", "for (int s = 2; s < splits; ++s)"),
-    ("conv_depthwise.cuh", "if (ih % g.stride_h) continue;", ""),
-    ("conv_depthwise.cuh", "if (c >= g.c || ", "if ("),
-    ("common.cuh", "delta * delta * a.count * share", "0.0f", "norm"),
-    ("common.cuh", "if (n == 0.0f) return {0.0f, 0.0f, 0.0f};", ""),
-    ("column_tile.cuh", "int64_t most = ceil_div64(rows, min_rows);", "int64_t most = chunks;"),
-    ("column_tile.cuh", "end = active ?", "end = true ?"),
-    ("act_backward.cuh", "if (c < channels)", "if (true)"),
-    ("batch_norm.cuh", "dev[j] = m2[j] + d * d * mine;", "dev[j] = m2[j];"),
-    (
-        "batch_norm.cuh",
-        "float count = static_cast<float>(left < p.shape.chunk_rows ? left : p.shape.chunk_rows);",
-        "float count = static_cast<float>(p.shape.chunk_rows);",
-    ),
-    ("batch_norm.cuh", "x[j] -= pivot[j];", ""),
-    ("batch_norm.cuh", "if (p.pivoted) m.mean +=", "m.mean +="),
-    ("batch_norm.cuh", "if (p.pivoted) m.mean += to_float(p.x[c]);", ""),
-    ("batch_norm.cuh", "mean[j] += pivot[j];", ""),
-    ("batch_norm.cuh", "load_floats<N>(pivot, p.x + t.c);", ""),
-    ("batch_norm.cuh", "if (!t.active) return;\n  if (Split)", "if (Split)"),
-    ("batch_norm.cuh", "merged.pivoted = part_rows == 0;", "merged.pivoted = true;"),
-    ("batch_norm.cuh", "if (part_rows > 0) merged.shape.chunk_rows = part_rows;", ""),
-    ("batch_norm.cuh", "fmaf(x[j] - mean[j], scale[j], bias[j])", "fmaf(x[j], scale[j], bias[j] - mean[j] * scale[j])"),
-    ("batch_norm.cuh", "part_rows == 0 && p.shape.rows <= kBatchNormSmallRows && p.momentum >= 0.0f", "part_rows == 0"),
-    (
-        "batch_norm.cuh",
-        "p.momentum >= 0.0f ? p.momentum : 1.0f / static_cast<float>(*p.batches_tracked + 1)",
-        "p.momentum",
-    ),
-    ("batch_norm.cuh", "blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) ++", "threadIdx.x == 0) ++"),
-    ("batch_norm.cuh", "p.shape.chunk_rows = p.shape.rows;", ""),
-    ("batch_norm_backward.cuh", "p.shape.chunk_rows = p.shape.rows;", ""),
-    ("batch_norm_backward.cuh", "if (p.residual) load_floats", "if (false) load_floats"),
-    ("batch_norm_backward.cuh", "(p.training && p.dx)", "p.dx"),
-    ("batch_norm_backward.cuh", "bool sums = p.dweight.data || p.dbias.data || p.dresidual ||", "bool sums ="),
-    ("batch_norm_fold.cuh", "if (c >= p.channels) return;", ""),
-    ("batch_norm_fold.cuh", "p.conv_bias.get<T>(c, 0.0f) - mean", "-mean"),
-    ("batch_norm_fold.cuh", "get<T>(c, 1.0f) + p.eps", "get<T>(c, 1.0f)"),
-    ("act_backward.cuh", "bits % 16 == 0 && channels", "channels"),
-    ("act_backward.cuh", "if (t.y == 0 && t.active) store_floats", "if (t.y == 0) store_floats"),
-    ("batch_norm.cuh", "factor * m2 / (rows - 1.0f)", "factor * m2 / rows"),
-    ("batch_norm_backward.cuh", "const float share = p.training ?", "const float share = true ?"),
-    ("batch_norm_backward.cuh", "p.act = Activation::kIdentity;\n", "\n"),
-    ("pool.cuh", "x[j] > best[j] ||", "x[j] >= best[j] ||"),
-    ("pool.cuh", "|| x[j] != x[j])", ")"),
-    ("pool.cuh", "where[j] < 0 || ", ""),
-    ("pool.cuh", "min_int(v.h0 + g.r, g.h + g.pad_h)", "v.h0 + g.r"),
-    ("pool.cuh", "if (ph < 0 || ph % g.stride_h ||", "if (ph < 0 ||"),
-    ("pool.cuh", "if (!g.count_include_pad) area", "area"),
-    ("pool.cuh", "qw < 0 || qw % g.stride_w ||", "qw < 0 ||"),
-    ("pool.cuh", "offsets.v[j] == r * g.s + s ?", "true ?"),
-    ("pool.cuh", "% 16 == 0 && reinterpret_cast<uintptr_t>(p.offsets) % kN == 0;", "% 16 == 0;"),
-    ("pool.cuh", "p0 = max_int(floor_div(h + g.pad_h - g.r, g.stride_h) + 1, 0)", "p0 = 0"),
-    ("pool.cuh", "min_int((h + g.pad_h) / g.stride_h + 1, g.p)", "(h + g.pad_h) / g.stride_h + 1"),
-    ("column_tile.cuh", "for (int i = 1; i < s.splits; ++i) {", "for (int i = 1; i < s.splits - 1; ++i) {"),
-    ("column_tile.cuh", "s.parts + i * s.elements + at", "s.parts + i * s.elements"),
-    ("column_tile.cuh", "if (s.addend) load_floats", "if (false) load_floats"),
-    ("column_tile.cuh", "x[j] + s.bias.template get<T>(c + j, 0.0f) + addend[j]", "x[j] + addend[j]"),
-    ("column_tile.cuh", "to_float(from_float<T>(x[j] + s.bias", "((float)(x[j] + s.bias"),
-    ("column_tile.cuh", "if (keep) store_floats<N>(s.into + at, x);", ""),
-    ("update.cuh", "s < t.splits; ++s", "s < t.splits - 1; ++s"),
-    ("update.cuh", "(t.splits == 1 || t.elements % kUpdateVector == 0)", "true"),
-    ("update.cuh", "p.first_block[middle] <= block", "p.first_block[middle] < block"),
-    ("update.cuh", "return t.live == kAllLive ||", "return true ||"),
-    ("update.cuh", "at / t.inner % t.taps", "at % t.taps"),
-    ("update.cuh", "(t.live == kAllLive || t.inner % kUpdateVector == 0)", "true"),
-    ("update.cuh", "words % 16 == 0 && grad == 0 &&", "grad == 0 &&"),
-    ("update.cuh", "begin + kUpdateChunk < t.elements ? begin + kUpdateChunk : t.elements", "begin + kUpdateChunk"),
-    ("update.cuh", "(end - begin) / kUpdateVector * kUpdateVector", "(end - begin)"),
-    ("update.cuh", "at < end; at += kUpdateThreads)", "at < whole; at += kUpdateThreads)"),
-    ("update.cuh", "if (t.elements == 0) continue;", ""),
-    ("update.cuh", "w[i] *= r.keep;", ""),
-    ("update.cuh", "d[i] += w[i] * r.l2;", ""),
-    ("update.cuh", "r.nesterov != 0.0f ?", "true ?"),
-    ("update.cuh", "p.count < kUpdateTensors; ++at", "p.count < count; ++at"),
-    ("cross_entropy.cuh", "sum * expf(max - x)", "sum"),
-    ("cross_entropy.cuh", ": sum_wx - (now - before) * sum_w;", ": sum_wx;"),
-    ("cross_entropy.cuh", "before == now || before == -INFINITY ? sum_wx", "before == now ? sum_wx"),
-    ("cross_entropy.cuh", "sum_wx = shift_sum(sum_wx, sum_w, mine, l.max);", ""),
-    ("cross_entropy.cuh", "shift_sum(sum_wx, sum_w, before, l.max));", "sum_wx);"),
-    ("cross_entropy.cuh", "max == -INFINITY ? x : x - max;", "x - max;"),
-    (
-        "cross_entropy.cuh",
-        "log_sum - (to_float(p.input[base + t * s.stride_c]) - l.max)",
-        "l.value() - to_float(p.input[base + t * s.stride_c])",
-    ),
-    ("cross_entropy.cuh", "sum += x == max ? 1.0f : expf(x - max);", "sum += expf(x - max);"),
-    ("cross_entropy.cuh", "other_max == m ? other_sum :", "false ? 0.0f :"),
-    ("cross_entropy.cuh", "return max == INFINITY ? NAN :", "return false ? NAN :"),
-    ("cross_entropy.cuh", "l.max == INFINITY ? NAN : logf", "false ? NAN : logf"),
-    ("cross_entropy.cuh", "if (thread != 0) return;", ""),
-    ("cross_entropy.cuh", "s.stride_d % kVec16<T> == 0 && address_bits % 16 == 0;", "s.stride_d % kVec16<T> == 0;"),
-    ("cross_entropy.cuh", "s.classes % kVec16<T> == 0 && s.stride_n", "s.stride_n"),
-    ("cross_entropy_backward.cuh", "scale = 1.0f / row_sum<Lanes>(sum, shared);", "row_sum<Lanes>(sum, shared);"),
-    ("cross_entropy_backward.cuh", "if (!real) return;", "", "loss"),
-    ("cross_entropy_backward.cuh", "(bad ? NAN : g * grad)", "g * grad"),
-    ("cross_entropy_backward.cuh", "g /= *p.normalizer;", ";"),
-    (
-        "cross_entropy_backward.cuh",
-        "total += by_index ? class_weight(p, c) : soft_target(c);",
-        "total += soft_target(c);",
-    ),
-    ("shapes.h", "classes <= 4096 ? 32 : kLossThreads", "kLossThreads", "loss"),
-    ("cross_entropy.cuh", "const int classes = real ? s.classes : 0;", "const int classes = s.classes;"),
-    ("cross_entropy.cuh", "if (t != s.ignore_index) {", "if (true) {"),
-    ("cross_entropy.cuh", "if (t < 0 || t >= s.classes) {", "if (false) {"),
-    ("cross_entropy_backward.cuh", "x[j] = ignored ? 0.0f", "x[j] = false ? 0.0f"),
-]
-
-# fault -> why no test can see it
-EQUIVALENT = {
-    "cross_entropy.cuh: s.stride_d % kVec16<T> == 0 && address_bits % 16 == 0; -> s.stride_d % kVec16<T> == 0;": (
-        "x86 reads and writes anywhere; alignment is what sanitize.py asan checks"
-    ),
-    **{
-        f"../norm.cu: {name}_vec(p, c.channels) ? kVec16<T> : 1 -> kVec16<T>": (
-            "another mapping of threads to channels, the same numbers: the launch asks again"
-        )
-        for name in ("act_backward", "batch_norm", "batch_norm_backward")
-    },
-    "conv_launch.cuh: return tile < 2 ? 0 : -> return tile < 2 ? 1 :": "another tile gives the same numbers",
-    "shapes.h: classes <= 4096 ? 32 : kLossThreads -> kLossThreads": "another mapping gives the same numbers",
-    "conv_gemm.cuh: classes = min_int(g.stride_h, g.h) * -> classes = g.stride_h *": (
-        "saves work only: a class beyond the map has no rows"
-    ),
-    "column_tile.cuh: int64_t most = ceil_div64(rows, min_rows); -> int64_t most = chunks;": (
-        "saves work only: more and shorter chunks, merged all the same"
-    ),
-    "batch_norm.cuh: if (!t.active) return; if (Split) -> if (Split)": (
-        "two rows reach as far as any column's thread: the value read is not used"
-    ),
-    "batch_norm_backward.cuh: (p.training && p.dx) -> p.dx": "saves work only: the sums are not used in evaluation",
-    "cross_entropy.cuh: if (thread != 0) return; -> nothing": "every thread writes the same values",
-    "cross_entropy.cuh: s.classes % kVec16<T> == 0 && s.stride_n -> s.stride_n": (
-        "the stride of rows that lie in one piece is the number of classes"
-    ),
-    "act_backward.cuh: if (c < channels) -> if (true)": "reads sums of other chunks, which are then not stored",
-    "cross_entropy.cuh: const int classes = real ? s.classes : 0; -> const int classes = s.classes;": (
-        "saves work only: idle lanes read row 0 and store nothing"
-    ),
-    "conv_gemm.cuh: if (m0 >= m_total) return; -> nothing": "saves work only: every row of such a tile is masked",
-    "conv_gemm.cuh: const int kt1 = min_int(kt0 + per_split, k_tiles); "
-    "-> const int kt1 = kt0 + per_split;": "saves work only: k beyond the total is masked to zero",
-    "conv_gemm.cuh: if (next < kt1) commit(next); -> commit(next);": "saves work only: that stage is not read again",
-}
-
 
 def family_of(file: str) -> str:
     return FAMILY_OF.get(Path(file).stem, "conv")
@@ -301,12 +61,13 @@ def fork_tests(family: str, env: dict[str, str], output: IO[str]) -> tuple[int, 
         os.dup2(output.fileno(), 2)
         os.environ.update(env)
         signal.alarm(TIMEOUT)  # a fault may hang the kernel: the signal's death is red too
-        for name in ("simt_lib", "simt_conv"):  # they read the environment when imported
+        for name in ("simt_lib", "simt_conv", "simt_norm"):  # they read the environment when imported
             sys.modules.pop(name, None)
         code = 3
         try:
             options = ["-x", "-q", "-p", "no:cacheprovider", "--noconftest", "--no-header", "--tb=line"]
-            code = int(pytest.main([*options, str(simt_lib.HERE / f"test_simt_{family}.py")]))
+            files = map(str, sorted(simt_lib.HERE.glob(f"test_simt_{family}*.py")))
+            code = int(pytest.main([*options, *files]))
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -362,7 +123,7 @@ class Fault(NamedTuple):
         pattern = r"\s*".join(re.escape(word) for word in self.old.split())  # however clang-format breaks the line
         text, count = re.subn(pattern, lambda _: self.new, text, count=1)
         if not count:
-            raise SystemExit(f"mutate.py is out of date: {self.file} no longer holds {self.old!r}")
+            raise SystemExit(f"edits.py is out of date: {self.file} no longer holds {self.old!r}")
         return text
 
 

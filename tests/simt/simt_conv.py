@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
-from simt_lib import ACTIVATIONS, DTYPES, dense_nhwc, guarded, library, pointer, to_nhwc
+from simt_lib import ACTIVATIONS, DTYPES, conv_dtypes, dense_nhwc, guarded, integers, library, pointer, to_nhwc
 
 _POINTERS = ["a", "b", "bias", "residual", "grad_saved", "scale", "shift", "pro_scale", "pro_shift", "out", "preact"]
 _POINTERS += ["stat_mean", "stat_m2", "partial"]
@@ -174,3 +175,49 @@ def operands(kind: str, case: Case, dtype: torch.dtype, make) -> tuple[torch.Ten
         "wgrad": (case.y_shape(), case.x_shape()),
     }[kind]
     return make(shapes[0], dtype), make(shapes[1], dtype)
+
+
+HALF = conv_dtypes(torch.float16, torch.bfloat16)
+needs_fp32 = pytest.mark.skipif(not conv_dtypes(torch.float32), reason="the quick library has no fp32 convolutions")
+KINDS = ["fprop", "dgrad", "wgrad"]
+
+# ResNet50's kinds of layer first, then the hostile ones.
+CASES = [
+    Case(2, 64, 4, 4, 64),
+    Case(4, 64, 2, 2, 128),  # 4 of 9 taps live
+    Case(5, 128, 1, 1, 64),  # 1 of 9 taps live
+    Case(4, 128, 1, 1, 72, 1, 1, padding=(0, 0)),
+    Case(2, 32, 8, 8, 64, stride=(2, 2)),
+    Case(3, 64, 7, 5, 40, 1, 1, stride=(2, 2), padding=(0, 0)),
+    Case(2, 3, 16, 16, 64, 7, 7, stride=(2, 2), padding=(3, 3)),  # the stem
+    Case(1, 16, 9, 7, 24, 3, 5, stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    Case(2, 8, 10, 10, 8, stride=(3, 2), padding=(2, 0), dilation=(2, 3)),
+    Case(1, 8, 9, 9, 8, stride=(2, 4), padding=(2, 2), dilation=(2, 2)),  # stride and dilation share a factor
+    Case(2, 8, 7, 7, 16, 2, 2, stride=(4, 3), padding=(0, 0)),  # stride > kernel: some inputs are never read
+    Case(1, 7, 5, 6, 11, padding=(1, 2)),  # odd channels
+    Case(2, 16, 4, 5, 12),  # channels that fit 16 bytes on one side only
+    Case(2, 12, 4, 5, 16),
+    Case(2, 13, 3, 3, 8, 3, 3, padding=(4, 4)),  # padding wider than the filter
+    Case(3, 48, 6, 6, 32, groups=2),
+    Case(2, 12, 5, 5, 6, groups=3),
+    Case(2, 32, 4, 4, 64, 4, 4, stride=(2, 2), padding=(1, 1), dilation=(1, 1)),
+]
+DEPTHWISE = [
+    Case(2, 16, 6, 5, 16, groups=16),
+    Case(3, 40, 9, 7, 40, 5, 3, stride=(2, 1), padding=(2, 0), dilation=(1, 2), groups=40),
+    Case(2, 7, 5, 5, 7, 2, 2, stride=(3, 3), padding=(0, 0), groups=7),
+    Case(2, 8, 1, 1, 8, groups=8),
+]
+
+
+def exact_inputs(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape, dtype: integers(shape, dtype, generator)
+
+
+def check_exact(kind, case, dtype, seed=0, **options):
+    a, b = operands(kind, case, dtype, exact_inputs(seed + 1))
+    got, info = run(kind, case, a, b, seed=seed, **options)
+    want = expected(kind, case, a, b).to(dtype)
+    assert torch.equal(got, want), f"{(got != want).sum()} of {got.numel()} values differ"
+    return info["counters"]
