@@ -47,7 +47,7 @@ def calls(n: int, c: int, h: int, dtype: torch.dtype, device: torch.device, resi
 
 def main() -> None:
     args = arguments(__doc__.split("\n")[0], batch={"type": int, "nargs": "*"})
-    bench = Bench("batch_norm", args.device, args.seconds)
+    bench = Bench("batch_norm", args.out, args.device, args.seconds)
     batches = args.batch or ([64] if args.device.type == "cpu" else [4, 128, 512])
     for n in batches:
         for c, h in MAPS[: 2 if args.quick else None]:
@@ -55,7 +55,6 @@ def main() -> None:
                 for residual in (False, True):
                     for backward in (False, True):
                         _measure(bench, n, c, h, dtype, residual, backward)
-    bench.save(args.out)
 
 
 def _measure(bench: Bench, n: int, c: int, h: int, dtype: str, residual: bool, backward: bool) -> None:

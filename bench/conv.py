@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, Bench, Case, arguments, geomean
+from harness import DTYPES, Bench, Case, add_if_it_runs, arguments, geomean
 from shapes import Conv, convolutions
 
 import fastconv
@@ -35,7 +35,9 @@ def bias_relu(conv: Conv, dtype: torch.dtype, device: torch.device, backward: bo
         x, w, _ = nhwc
         pair = lambda v: (v, v)  # noqa: E731
         args = (pair(conv.stride), pair(conv.padding), (1, 1), conv.groups)
-        calls["cudnn fused"] = lambda: torch.cudnn_convolution_relu(x, w, bias, *args)
+        # For bf16, or for 3 channels, cuDNN may have no engine.
+        fused = lambda: torch.cudnn_convolution_relu(x, w, bias, *args)  # noqa: E731
+        add_if_it_runs(calls, "cudnn fused", lambda: fused, f"{conv} {dtype}")
         for name in ("cuda", "triton"):
             if fastconv.backends()[name]:
                 calls[name] = _with_backend(name, lambda: ours(x, w, bias))
@@ -102,7 +104,7 @@ def oracle(op: str, conv: Conv, dtype: torch.dtype, device: torch.device, seed: 
 def main() -> None:
     args = arguments(__doc__.split("\n")[0], size={"type": int, "default": 32}, batch={"type": int, "nargs": "*"})
     torch.backends.cudnn.benchmark = True
-    bench = Bench("conv", args.device, args.seconds)
+    bench = Bench("conv", args.out, args.device, args.seconds)
     batches = args.batch or ([4, 64] if args.device.type == "cpu" else [4, 128, 512])
     plan = [("conv_bn_relu fwd+bwd", "resnet50", bn_relu, True), ("conv_bias_relu", "vgg16", bias_relu, False)]
     plan += [("conv_bias_relu", "resnet50", bias_relu, False)]
@@ -113,7 +115,6 @@ def main() -> None:
                     continue  # one value per channel: batch norm refuses
                 for dtype in args.dtype:
                     _measure(bench, op, make, conv, dtype, backward, count, args.device)
-    bench.save(args.out)
     _summary(bench)
 
 

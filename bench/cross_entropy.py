@@ -40,12 +40,11 @@ def peers(device: torch.device) -> dict:
 
 def main() -> None:
     args = arguments(__doc__.split("\n")[0])
-    bench = Bench("cross_entropy", args.device, args.seconds)
+    bench = Bench("cross_entropy", args.out, args.device, args.seconds)
     for classes in CLASSES[: 2 if args.quick else None]:
         for dtype in args.dtype:
             for backward in (False, True):
                 _measure(bench, classes, dtype, backward)
-    bench.save(args.out)
 
 
 def _measure(bench: Bench, classes: int, dtype: str, backward: bool) -> None:

@@ -3,42 +3,69 @@
 #
 #   bench/gpu.sh [--seconds N] OUTDIR [PART...]
 #
-#   PART: info build fragments test sanitize tune ops train plan pdl   (the default: these, in this order)
-#         simt test_all ops_all train_fp32 compile streams        (by name only: they take longer)
+#   PART: info build fragments test sanitize ops train plan pdl           (the default: these, in this order)
+#         simt test_triton test_all tune ops_all train_fp32 compile streams  (by name only: they take longer)
 #
 # Uses the interpreter in PYTHON (default: .venv's, else python3) and the packages that are there; installs none but
 # fastconv itself. Each part's whole output is OUTDIR/<part>.log. Every part has a time limit, the default parts' add up
-# to less than the ten minutes that one call may last; --seconds (default 595) limits all parts together. A part that
-# fails, runs out of time or finds none left is named so in the table, which comes last whatever happened, and makes the
-# exit status 1; the parts after it still run.
+# to less than the ten minutes that one call may last; --seconds (default 595) limits all parts together, and a part may
+# take what is left over when those after it have theirs. A part that fails, runs out of time or finds none left is
+# named so in the table, which comes last whatever happened, and makes the exit status 1; the parts after it still run.
+#
+# Backends are taken in their fixed order (FASTCONV_TUNE=0), unless FASTCONV_TUNE is set or tune is one of the parts
+# named: measuring every call at its first use would be compiling Triton kernels for most of the time.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 # Seconds, on 16 cores and one GPU. Estimates: no GPU has run them yet.
 declare -A LIMIT=(
-  [info]=15 [build]=150 [fragments]=20 [test]=100 [sanitize]=75 [tune]=50 [ops]=60 [train]=55 [plan]=40 [pdl]=30
-  [simt]=600 [test_all]=600 [ops_all]=600 [train_fp32]=60 [compile]=600 [streams]=60
+  [info]=12 [build]=150 [fragments]=20 [test]=100 [sanitize]=55 [ops]=100 [train]=70 [plan]=55 [pdl]=30
+  [simt]=600 [test_triton]=600 [test_all]=600 [tune]=600 [ops_all]=600 [train_fp32]=80 [compile]=600 [streams]=60
 )
-DEFAULT=(info build fragments test sanitize tune ops train plan pdl)
+DEFAULT=(info build fragments test sanitize ops train plan pdl)
+BY_NAME=(simt test_triton test_all tune ops_all train_fp32 compile streams)
 
-# One pytest process per file, $JOBS side by side; a line per file, then the sum of their counts. Arguments: of pytest.
+# Of a log of pytest -v: "<number> <what>" a line. One that was cut off has no summary: then its tests, one by one.
+counts_of() {
+  if finished "$1"; then
+    tail -n 1 "$1" | grep -oE '[0-9]+ (failed|error|passed|skipped)'
+  else
+    sed -nE 's/^tests\/.* (FAILED|ERROR|PASSED|SKIPPED)( .*)?$/1 \1/p' "$1" | tr '[:upper:]' '[:lower:]'
+  fi
+}
+finished() {
+  tail -n 1 "$1" | grep -qE '^=* ?(no tests ran|[0-9]+ [a-z]+).* in [0-9.]+s'
+}
+sum() { # "<number> <what>" lines
+  awk '{ n[$2] += $1 }
+    END { printf "%d failed, %d error, %d passed, %d skipped", n["failed"], n["error"], n["passed"], n["skipped"] }'
+}
+
+# One pytest process per file, $JOBS side by side; a line per file, then the sum of their counts, also of those so far
+# when the time is up. Arguments: of pytest.
 tests_by_file() {
-  local logs=$out/tests status=0
+  local logs=$out/tests/$part status=0
   mkdir -p "$logs" && rm -f "$logs"/*.log
-  printf '%s\n' "${files[@]}" | xargs -P "${JOBS:-8}" -I{} bash -c '
+  trap 'sum_of_files; exit 124' TERM # bash runs it when xargs, which gets the signal too, has ended
+  printf '%s\n' "${files[@]}" | xargs -P "${JOBS:-12}" -I{} bash -c '
     file=$1 log=$2/$(basename "$1" .py).log; shift 2
-    "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 "$@" "$file" >"$log" 2>&1
+    "$PYTHON" -m pytest -v -p no:cacheprovider --maxfail=20 "$@" "$file" >"$log" 2>&1
     code=$?
     [ $code -eq 5 ] && code=0  # nothing of this file is selected
     echo "$file: $(tail -n 1 "$log")"
     [ $code -eq 0 ] || tail -n 40 "$log"
     exit $code' _ {} "$logs" "$@" || status=1
-  for what in failed error passed skipped; do
-    printf '%s %s, ' "$(cat "$logs"/*.log | grep -E '^=* ?[0-9].* in [0-9.]+s' | grep -oE "[0-9]+ $what" |
-      awk '{ n += $1 } END { print n + 0 }')" "$what"
-  done
-  echo "${#files[@]} files"
+  sum_of_files
   return $status
+}
+sum_of_files() {
+  local log ended=0
+  for log in "$logs"/*.log; do
+    [ -e "$log" ] || return # ended before the first
+    if finished "$log"; then ended=$((ended + 1)); else echo "$log was cut off: $(tail -n 1 "$log")"; fi
+  done
+  for log in "$logs"/*.log; do counts_of "$log"; done | sum
+  [ $ended -eq ${#files[@]} ] && echo ", ${#files[@]} files" || echo ", $ended of ${#files[@]} files"
 }
 
 part_info() {
@@ -62,16 +89,21 @@ part_fragments() {
     "$out/fragments"
 }
 
-# Every test of the backends cuda and triton: the operator suite, and what is written for them alone.
+# The tests of the backend cuda: the operator suite and what is written for it alone. Only files that have some, for it
+# takes longer to start Python than to run most files' tests; the largest first.
 part_test() {
-  local files=()
-  for file in tests/test_*.py; do
-    case $file in
-      *_triton_interpreter.py | *_triton_compile.py | *_training_program.py | *_packaging.py) ;;  # need no GPU
-      *) files+=("$file") ;;
-    esac
-  done
-  tests_by_file -k "cuda or triton"
+  local files
+  mapfile -t files < <(grep -lE 'cuda|\b(backend|kernels|planner)[,)]' tests/test_*.py |
+    grep -vE '_triton_|_training_program.py|_packaging.py' | xargs ls -S)
+  tests_by_file -k "cuda and not triton"
+}
+
+# As many again, and Triton compiles its kernels for most of them.
+part_test_triton() {
+  local files
+  mapfile -t files < <(grep -lE 'triton|\bbackend[,)]' tests/test_*.py |
+    grep -vE '_triton_interpreter.py|_triton_compile.py|_packaging.py|_gpu_script.py' | xargs ls -S)
+  tests_by_file -k triton
 }
 
 part_test_all() {
@@ -85,36 +117,57 @@ part_simt() {
 }
 
 part_sanitize() {
-  local tool status=0
+  local tool code status=0 files uncached tools=(memcheck racecheck initcheck synccheck)
   local -A running=()
   command -v compute-sanitizer || return 1
-  for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$PYTHON" -m pytest -q -p no:cacheprovider -m sanitize -k "not simt" tests >"$out/sanitize-$tool.log" 2>&1 &
+  mapfile -t files < <(grep -l 'mark.sanitize' tests/test_*.py)
+  trap 'sum_of_tools; exit 124' TERM
+  for tool in "${tools[@]}"; do
+    uncached=()
+    # A tensor in a block of PyTorch's cache has other tensors' memory, or initialised one, all around it.
+    case $tool in memcheck | initcheck) uncached=(PYTORCH_NO_CUDA_MEMORY_CACHING=1) ;; esac
+    env "${uncached[@]}" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "$PYTHON" -m pytest -v -p no:cacheprovider -m sanitize -k "cuda and not simt" "${files[@]}" \
+      >"$out/sanitize-$tool.log" 2>&1 &
     running[$tool]=$!
   done
-  for tool in "${!running[@]}"; do
+  for tool in "${tools[@]}"; do
     wait "${running[$tool]}"
-    local code=$?
+    code=$?
     echo "== $tool: exit status $code"
     tail -n 5 "$out/sanitize-$tool.log"
     [ $code -eq 0 ] || status=1
   done
+  sum_of_tools
   return $status
 }
+sum_of_tools() {
+  for tool in "${tools[@]}"; do
+    grep -sE 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/sanitize-$tool.log" | sed "s/^=*/$tool:/"
+  done
+  for tool in "${tools[@]}"; do
+    printf '%s%s %d' "$([ "$tool" = "${tools[0]}" ] || echo ', ')" "$tool" \
+      "$(grep -scE '^tests/.* PASSED( |$)' "$out/sanitize-$tool.log")"
+  done
+  echo ' passed'
+}
 
+# 800 tiles of the convolutions, compiled one after another; it keeps each measurement, and a second run goes on there.
 part_tune() {
   "$PYTHON" -m fastconv tune --model resnet50 --batch-size 128 --image-size 32 --device cuda --mode train \
     --output "$out/tune.md"
 }
 
-# Operators against their peers; the rows and pictures are kept.
+# Operators against their peers; the rows and pictures are kept. The short subjects first, what they leave is conv's.
 part_ops() {
-  "$PYTHON" bench/all.py --device cuda --out "$out/bench" --only conv batch_norm pooling cross_entropy --quick \
-    --minutes 1
+  "$PYTHON" bench/all.py --device cuda --out "$out/bench" --only pooling cross_entropy batch_norm conv --quick \
+    --dtype bf16 --minutes "$(minutes)"
 }
 part_ops_all() {
-  "$PYTHON" bench/all.py --device cuda --out "$out/bench" --minutes 9.5
+  "$PYTHON" bench/all.py --device cuda --out "$out/bench" --minutes "$(minutes)"
+}
+minutes() { # of this part, less what the page takes
+  awk -v limit="$limit" 'BEGIN { print (limit > 10 ? limit - 5 : limit) / 60 }'
 }
 
 # Whole networks against torch.compile in every mode; the rows lie beside those of ops_all, which has other peers.
@@ -128,26 +181,32 @@ part_compile() {
   return $status
 }
 
-train() { # precision, batch
-  "$PYTHON" bench/train_cifar10.py --backend compare --dataset synthetic --precision "$1" --batch-size "$2" \
-    --max-steps 50 --device cuda --report "$out/train_${1}_$2"
+# Batch sizes and steps: 40 to warm up, then more than the six pairs of blocks that a verdict needs. A block ends after
+# 20 steps, and with an epoch, which has 16 at batch 128 and 4 at 512.
+TRAIN=("4 200" "128 200" "512 100")
+train() { # precision
+  local run batch steps status=0
+  for run in "${TRAIN[@]}"; do
+    read -r batch steps <<<"$run"
+    "$PYTHON" bench/train_cifar10.py --backend compare --dataset synthetic --precision "$1" --batch-size "$batch" \
+      --max-steps "$steps" --device cuda --report "$out/train_${1}_$batch" || status=1
+  done
+  return $status
 }
 part_train() {
-  local batch status=0
-  for batch in 4 128 512; do train bf16 "$batch" || status=1; done
-  return $status
+  train bf16
 }
 part_train_fp32() {
-  local batch status=0
-  for batch in 4 128 512; do train fp32 "$batch" || status=1; done
-  return $status
+  train fp32
 }
 
 # Training step and inference as plans, beside the eager path's and stock's.
 part_plan() {
-  "$PYTHON" bench/train_step.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 4 128 --quick &&
-    "$PYTHON" bench/inference.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 1 64 --quick &&
-    "$PYTHON" bench/page.py "$out/bench_plan"
+  local status=0
+  "$PYTHON" bench/train_step.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 4 128 --quick || status=1
+  "$PYTHON" bench/inference.py --device cuda --out "$out/bench_plan" --dtype bf16 --batch 1 64 --quick || status=1
+  "$PYTHON" bench/page.py "$out/bench_plan" || status=1
+  return $status
 }
 
 # Programmatic dependent launch: the same training step of the cuda backend without and with it.
@@ -171,7 +230,7 @@ part_streams() {
 }
 
 usage() {
-  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -190,16 +249,18 @@ export PYTHON PYTHONUNBUFFERED=1
 export FASTCONV_CACHE_DIR=$out/measurements
 
 if [ "${1:-}" = --one ]; then # this script for one part, under its time limit
-  "part_$2"
+  part=$2 limit=$3
+  "part_$part"
   exit
 fi
 [ $# -gt 0 ] || set -- "${DEFAULT[@]}"
 for part in "$@"; do
   if [ -z "${LIMIT[$part]:-}" ]; then
-    echo "bench/gpu.sh: no part named $part (${DEFAULT[*]} simt test_all ops_all train_fp32 compile streams)" >&2
+    echo "bench/gpu.sh: no part named $part (${DEFAULT[*]} ${BY_NAME[*]})" >&2
     exit 2
   fi
 done
+[[ " $* " = *" tune "* ]] || export FASTCONV_TUNE=${FASTCONV_TUNE-0}
 
 failed=0 table=""
 finish() {
@@ -210,16 +271,20 @@ trap 'failed=1; exit 1' INT TERM HUP
 row() { # part, result, seconds, text
   table+=$(printf '%-10s %-11s %5d s  %s' "$1" "$2" "$3" "$4")$'\n'
 }
+wanted=0
+for part in "$@"; do wanted=$((wanted + LIMIT[$part])); done
 for part in "$@"; do
-  limit=${LIMIT[$part]}
-  [ $((seconds - SECONDS)) -lt "$limit" ] && limit=$((seconds - SECONDS))
+  wanted=$((wanted - LIMIT[$part])) # by the parts after this one
+  limit=$((seconds - SECONDS - wanted))
+  [ $limit -lt "${LIMIT[$part]}" ] && limit=${LIMIT[$part]}
+  [ $((seconds - SECONDS)) -lt $limit ] && limit=$((seconds - SECONDS))
   if [ "$limit" -le 0 ]; then
     row "$part" "no time" 0 "" && failed=1
     continue
   fi
   start=$SECONDS
   # In the background, so that a signal to this script is heard at once and the table still comes.
-  timeout --kill-after=3 "$limit" bash bench/gpu.sh "$out" --one "$part" >"$out/$part.log" 2>&1 &
+  timeout --kill-after=3 "$limit" bash bench/gpu.sh "$out" --one "$part" "$limit" >"$out/$part.log" 2>&1 &
   child=$!
   trap 'failed=1; kill "$child" 2>/dev/null; row "$part" interrupted $((SECONDS - start)) ""; exit 1' INT TERM HUP
   wait "$child"

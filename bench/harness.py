@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import machine
@@ -93,18 +95,18 @@ def keep_freed_memory() -> None:
 
 
 class Bench:
-    """The sampling of one process: a device, its rates, and the rows so far."""
+    """The sampling of one process: a device, its rates, and the rows so far, which are on the disk after every case."""
 
-    def __init__(self, subject: str, device: torch.device, seconds: float = 1.0, turn: int = 0) -> None:
-        """turn: see :func:`interleave`."""
-        self.subject, self.device, self.seconds, self.turn = subject, device, seconds, turn
+    def __init__(self, subject: str, out: Path, device: torch.device, seconds: float = 1.0, turn: int = 0) -> None:
+        """out: the folder of the results. turn: see :func:`interleave`."""
+        self.subject, self.out, self.device, self.seconds, self.turn = subject, out, device, seconds, turn
         keep_freed_memory()
         self.environment = machine.environment(device)
         self.rows: list[Row] = []
         self._flush = torch.empty(L2_BYTES // 4, device=device) if device.type == "cuda" else None
 
     def run(self, case: Case) -> list[Row]:
-        """Times the case's competitors and appends their rows."""
+        """Times the case's competitors, appends their rows and saves them all."""
         rounds, quiet = interleave(case.competitors, self.device, self.seconds, self._flush, turn=self.turn)
         floor = max(self._seconds_of(case.flops, case.dtype), case.bytes / self.environment["rates"]["copy"] / 1e9)
         medians = {name: _quantile([r[name] for r in rounds], 0.5) for name in case.competitors}
@@ -121,6 +123,7 @@ class Bench:
                 )
             )  # fmt: skip
         self.rows += rows
+        self._save()
         for row in rows:
             print(line(row), flush=True)
         return rows
@@ -129,21 +132,44 @@ class Bench:
         known = self.environment["rates"]
         return flops / known.get(dtype, known["fp32"]) / 1e12
 
-    def save(self, out: Path) -> None:
+    def _save(self) -> None:
         """OUT/<subject>.json (with the environment) and OUT/<subject>.csv."""
-        rows = [asdict(row) for row in self.rows]
-        save_rows(out, self.subject, self.environment, rows)
-        with (out / f"{self.subject}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0] if rows else ["op"])
+        rows = [vars(row) for row in self.rows]
+        save_rows(self.out, self.subject, self.environment, rows)
+        with io.StringIO(newline="") as text:
+            writer = csv.DictWriter(text, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+            _replace(self.out / f"{self.subject}.csv", text.getvalue())
 
 
 def save_rows(out: Path, subject: str, environment: dict, rows: list[dict]) -> None:
-    """OUT/<subject>.json, as bench/page.py reads it."""
+    """OUT/<subject>.json, as bench/page.py reads it; a row is a line, for Python indents slowly."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"subject": subject, "environment": environment, "rows": rows}, indent=1)
-    (out / f"{subject}.json").write_text(text + "\n")
+    head = json.dumps({"subject": subject, "environment": environment}, indent=1).removesuffix("\n}")
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    _replace(out / f"{subject}.json", f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def _replace(path: Path, text: str) -> None:
+    """At once: a process that is out of time and killed leaves the file of before or this one, never half of it."""
+    with path.with_name(path.name + ".part").open("w", newline="") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def add_if_it_runs(found: dict[str, Callable], name: str, make: Callable[[], Callable], where: str) -> None:
+    """Adds the peer that ``make()`` gives, unless making or running it raises: a library that has no kernel for a case
+    is no competitor in it, and no reason to lose the other rows. Three calls: torch.jit compiles in the second."""
+    try:
+        run = make()
+        for _ in range(3):
+            run()
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{where}: left out of this case: {name}: {reason}", flush=True)
+    else:
+        found[name] = run
 
 
 def interleave(

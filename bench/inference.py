@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torchvision
-from harness import COMPILE, DTYPES, Bench, Case, arguments, compiled_name, modes, of_models
+from harness import COMPILE, DTYPES, Bench, Case, add_if_it_runs, arguments, compiled_name, modes, of_models
 from shapes import network_work
 
 import fastconv
@@ -50,9 +50,12 @@ def competitors(
         return twin.to(memory_format=torch.channels_last) if nhwc else twin
 
     found = {"eager nchw": without_gradients(own(False), x), "eager nhwc": without_gradients(own(), last)}
-    with torch.no_grad():
-        frozen = torch.jit.freeze(torch.jit.trace(own(), last))
-    found["jit frozen nhwc"] = without_gradients(frozen, last)
+
+    def frozen() -> Callable:
+        with torch.no_grad():
+            return without_gradients(torch.jit.freeze(torch.jit.trace(own(), last)), last)
+
+    add_if_it_runs(found, "jit frozen nhwc", frozen, f"batch {x.size(0)} {dtype}")
     for mode in compiled:
         from torch._inductor import config
 
@@ -85,8 +88,9 @@ def main() -> None:
         compile=COMPILE,
     )
     bench = Bench(
-        of_models("inference", args.model), args.device, max(args.seconds, 8.0) if not args.quick else 1.0, turn=4
-    )
+        of_models("inference", args.model), args.out, args.device,
+        max(args.seconds, 8.0) if not args.quick else 1.0, turn=4,
+    )  # fmt: skip
     batches = args.batch or ([1] if args.quick else [1, 64] if args.device.type == "cpu" else [1, 64, 512])
     for name in args.model:
         model = trained_enough(name, args.size).to(args.device)
@@ -101,7 +105,6 @@ def main() -> None:
                 oracle = copy.deepcopy(model).double()(x.double())
             case.check(oracle, limit=2e-3 if dtype == "fp32" else 0.25)  # bf16: fifty layers' rounding
             bench.run(case)
-            bench.save(args.out)
 
 
 if __name__ == "__main__":

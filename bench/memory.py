@@ -70,10 +70,10 @@ def main() -> None:
             for who, key in (("fastconv", "saved_ratio"), ("deferred", "deferred_ratio")):
                 row[key] = row[f"{who}_saved"] / row["stock_saved"]
             rows.append(row)
+            save_rows(args.out, "memory", environment, rows)
             saved = " ".join(f"{who} {row[f'{who}_saved'] / 2**20:.1f}" for who in models)
             ratios = f"{row['saved_ratio']:.2f}, deferred {row['deferred_ratio']:.2f}"
             print(f"{name:14} {args.batch}x{args.size} {dtype:5} MiB kept for the backward: {saved}; of stock {ratios}")
-    save_rows(args.out, "memory", environment, rows)
 
 
 if __name__ == "__main__":

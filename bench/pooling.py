@@ -25,13 +25,12 @@ MAPS = (
 
 def main() -> None:
     args = arguments(__doc__.split("\n")[0], batch={"type": int})
-    bench = Bench("pooling", args.device, args.seconds)
+    bench = Bench("pooling", args.out, args.device, args.seconds)
     n = args.batch or (16 if args.device.type == "cpu" else 256)
     for op, settings, c, h in MAPS[: 2 if args.quick else None]:
         for dtype in args.dtype:
             for backward in (False, True):
                 _measure(bench, op, settings, (n, c, h, h), dtype, backward)
-    bench.save(args.out)
 
 
 def _measure(bench: Bench, op: str, settings: tuple, shape: tuple, dtype: str, backward: bool) -> None:

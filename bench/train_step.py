@@ -106,8 +106,9 @@ def main() -> None:
         compile=COMPILE,
     )
     bench = Bench(
-        of_models("train_step", args.model), args.device, max(args.seconds, 12.0) if not args.quick else 1.0, turn=2
-    )
+        of_models("train_step", args.model), args.out, args.device,
+        max(args.seconds, 12.0) if not args.quick else 1.0, turn=2,
+    )  # fmt: skip
     batches = args.batch or ([4] if args.quick else [4, 64] if args.device.type == "cpu" else [4, 128, 512, 1024])
     for model, dtype, batch in itertools.product(args.model, [d for d in args.dtype if d != "fp16"], batches):
         parameters = sum(p.numel() for p in torchvision.models.get_model(model, num_classes=10).parameters())
@@ -116,7 +117,6 @@ def main() -> None:
         check_losses(found, DTYPES[dtype])
         moved = 5 * outputs * DTYPES[dtype].itemsize + 16 * parameters
         bench.run(Case(model, f"{batch}x{args.size}px", dtype, 3 * flops, moved, found))
-        bench.save(args.out)
 
 
 if __name__ == "__main__":

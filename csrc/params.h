@@ -34,6 +34,9 @@ struct ConvParams {
   int64_t gemm_k() const { return r * s * (c / groups); }
 };
 
+// One filter per channel: kernels of their own.
+constexpr bool is_depthwise(const ConvParams& p) { return p.groups > 1 && p.groups == p.c && p.k == p.c; }
+
 struct PoolParams {
   int64_t n, h, w, c;  // input
   int64_t p, q;        // output: n x p x q x c

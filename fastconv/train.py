@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._graphs import capture
 from ._plan.step import StepPlans
 from ._plan.training import TrainingPlan
 
@@ -55,8 +56,9 @@ class TrainStep:
     ``.item()`` as seldom as you can. Every call trains on its own batch; capture and warm-up repeat none.
 
     Inside the graph the optimizer's hyper-parameters are constants: when one changes (a scheduler) the step is captured
-    anew, and after three changes the optimizer runs outside the graph. Optimizers with a ``capturable`` flag run inside
-    the graph only if it is set.
+    anew, and after three changes the optimizer runs outside the graph. SGD runs inside the graph, optimizers with a
+    ``capturable`` flag only if it is set, others never. A model that is changed between steps (a layer replaced or
+    frozen, a batch norm in evaluation mode) is captured anew.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
 
@@ -195,19 +197,29 @@ class _StepGraphs:
     def __init__(self, step: TrainStep, required: bool) -> None:
         self.step, self.required = step, required
         self.cache: dict[tuple, _Captured] = {}
-        self.batches: dict[tuple, tuple[Tensor, Tensor]] = {}  # what prepare made of such tensors before
+        self.batches: dict[tuple, tuple[Tensor, Tensor] | None] = {}  # shapes seen; what prepare made of such tensors
         self.calls, self.recaptures = 0, 0
         self.stream = torch.cuda.Stream(step.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.refused = ""
-        groups = step.optimizer.param_groups
-        # A GradScaler's step reads the inf flag on the host; an optimizer with a capturable flag refuses without it.
-        self.update_inside = step.scaler is None and all(g.get("capturable", True) for g in groups)
+        groups, plain = step.optimizer.param_groups, type(step.optimizer) is torch.optim.SGD
+        # A GradScaler's step reads the inf flag on the host; an optimizer that counts its steps there would be captured
+        # with the count of one step, unless it has a capturable flag that is set.
+        self.update_inside = step.scaler is None and all(g.get("capturable", plain) for g in groups)
         self.hyper = self._hyper_parameters()
+        self.outline = self._outline()
 
     def _hyper_parameters(self) -> list[tuple]:
         groups = self.step.optimizer.param_groups
         return [tuple(v for k, v in sorted(g.items()) if k != "params" and not isinstance(v, Tensor)) for g in groups]
+
+    def _outline(self) -> list[tuple]:
+        """What of the model a graph holds as it was at the capture: its layers, their modes, its parameters' memory."""
+        model = self.step.model
+        return [
+            *((id(m), m.training) for m in model.modules()),
+            *((p.data_ptr(), p.requires_grad) for p in model.parameters()),
+        ]
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
@@ -215,8 +227,9 @@ class _StepGraphs:
         if self.refused:
             return step.plain(*step.prepared(x, y))
         key = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, step.model.training)
-        batch = (x, y) if step.prepare is None else self.batches.get(key)
-        if self.calls <= _WARMUP or batch is None:  # what a new shape's batch looks like is known after one step
+        # Every new shape takes one step outside a graph: it loads kernels, picks algorithms, compiles what is compiled
+        # when it is first called, and shows what prepare makes of it.
+        if self.calls <= _WARMUP or key not in self.batches:
             # On the side stream, so that nothing the capture reuses was first allocated for the default stream.
             self.stream.wait_stream(torch.cuda.current_stream(step.device))
             with torch.cuda.stream(self.stream):
@@ -224,9 +237,9 @@ class _StepGraphs:
                 loss = step.plain(*batch)
             torch.cuda.current_stream(step.device).wait_stream(self.stream)
             loss.record_stream(torch.cuda.current_stream(step.device))
-            if step.prepare is not None:
-                self.batches[key] = batch
+            self.batches[key] = None if step.prepare is None else batch
             return loss
+        batch = self.batches[key] or (x, y)
         plan = step.plan_of(*batch)
         if plan is None:  # a plan's optimizer reads its numbers from the device, or steps outside the graph
             self._forget_if_changed()
@@ -243,6 +256,10 @@ class _StepGraphs:
         return self.cache[key].replay(x, y)
 
     def _forget_if_changed(self) -> None:
+        outline = self._outline()
+        if outline != self.outline:
+            self.outline = outline
+            self.cache.clear()
         if not self.update_inside:
             return
         now = self._hyper_parameters()
@@ -271,7 +288,7 @@ class _Captured:
         self.graph = torch.cuda.CUDAGraph()
         # Gradients are allocated inside the graph's pool: the backward must find none to add to.
         step.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self.graph, pool=graphs.pool, stream=graphs.stream):
+        with capture(self.graph, graphs.pool, graphs.stream):
             pair = step.prepared(self.x, self.y)
             sizes, before = ([list(t.shape) for t in tensors] for tensors in (pair, batch))
             if sizes != before:

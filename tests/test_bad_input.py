@@ -241,13 +241,11 @@ def test_adaptive_avg_pool(x, size, text, backend):
 
 def test_integers_of_other_types(backend):
     """What stock takes for an int (numpy's integers, 0-dim tensors) is one."""
-    two = numpy.int64(2)
-    assert (
-        FF.conv2d_bias_act(X, W, stride=two, padding=(two, 1)).shape
-        == F.conv2d(X, W, stride=two, padding=(two, 1)).shape
-    )
-    assert FF.max_pool2d(X, two).shape == FF.avg_pool2d(X, two, two).shape == (2, 4, 3, 3)
-    assert FF.max_pool2d(X, torch.tensor(2)).shape == F.max_pool2d(X, torch.tensor(2)).shape
+    two, x, w = numpy.int64(2), X.to(backend.device), W.to(backend.device)
+    how = {"stride": two, "padding": (two, 1)}
+    assert FF.conv2d_bias_act(x, w, **how).shape == F.conv2d(x, w, **how).shape
+    assert FF.max_pool2d(x, two).shape == FF.avg_pool2d(x, two, two).shape == (2, 4, 3, 3)
+    assert FF.max_pool2d(x, torch.tensor(2)).shape == F.max_pool2d(x, torch.tensor(2)).shape
 
 
 def test_integer_input_as_stock():

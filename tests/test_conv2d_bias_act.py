@@ -38,20 +38,6 @@ def test_matches_oracle(case: Conv, dtype, backend):
         assert_format("grad of weight", ours.grads["weight"], tensors["weight"])
 
 
-def test_fp32_is_exact_where_tf32_is_not_allowed(backend):
-    """On a GPU the rest of the suite runs fp32 in TF32, which torch's default allows: 1000 times coarser."""
-    tensors = SMALL.tensors(torch.float32, backend.device)
-    grad, how = torch.randn_like(tensors["residual"]), {**SMALL.geometry, "activation": "identity"}
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        got = execute(FF.conv2d_bias_act, tensors, how, NAMES, grad)
-    wide = {name: None if t is None else t.double().cpu() for name, t in tensors.items()}
-    with fastconv.use_backend("aten"):
-        want = execute(FF.conv2d_bias_act, wide, how, NAMES, grad.double().cpu())
-    for name, one, other in [("output", got.output, want.output), *((n, got.grads[n], want.grads[n]) for n in NAMES)]:
-        error = (one.double().cpu() - other).square().mean().sqrt() / other.square().mean().sqrt()
-        assert error < 1e-6, f"{name}: {error:.1e}"
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, dtype, backend):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +30,67 @@ def test_turn_is_one_untimed_call_and_then_the_timed_ones(turn):
     for i in range(len(rounds) // per_round):
         mine = rounds[i * per_round : (i + 1) * per_round]
         assert mine == [name for name in order[i % 3] for _ in range(run)]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.machine, "environment", lambda device: {"rates": {"copy": 10.0, "fp32": 0.1}})
+    monkeypatch.setattr(harness, "keep_freed_memory", lambda: None)
+    return harness.Bench("subject", tmp_path / "out", torch.device("cpu"), seconds=0.0)
+
+
+def test_rows_are_on_the_disk_after_every_case(bench, monkeypatch):
+    """So that a subject out of time leaves those it had; a file is the former one until it is whole."""
+    competitors = {name: lambda: None for name in ("eager", "fastconv")}
+    for count in (1, 2):
+        bench.run(harness.Case("op", f"shape {count}", "fp32", 1.0, 1.0, competitors))
+        assert sorted(path.name for path in bench.out.iterdir()) == ["subject.csv", "subject.json"]
+        kept = json.loads((bench.out / "subject.json").read_text())
+        assert kept["subject"] == "subject" and kept["environment"] == bench.environment
+        assert kept["rows"] == [vars(row) for row in bench.rows] and len(kept["rows"]) == 2 * count
+        assert len((bench.out / "subject.csv").read_text().splitlines()) == 1 + 2 * count
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(harness.Case("op", "shape 3", "fp32", 1.0, 1.0, competitors))
+    assert len(json.loads((bench.out / "subject.json").read_text())["rows"]) == 4
+
+
+def test_a_peer_without_a_kernel_is_left_out(capsys):
+    found, calls = {"eager": list}, []
+
+    def refuses():
+        raise RuntimeError("GET was unable to find an engine to execute this computation\nand more")
+
+    def compiles():  # as torch.jit: in the second call
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("no such type")
+
+    makers = {"cudnn": lambda: refuses, "traced": refuses, "jit": lambda: compiles, "peer": lambda: list}
+    for name, make in makers.items():
+        harness.add_if_it_runs(found, name, make, "4x8")
+    assert list(found) == ["eager", "peer"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4x8: left out of this case: cudnn: GET was unable to find an engine to execute this computation"
+    assert len(lines) == 3
+
+
+def test_what_a_subject_may_take():
+    limits = pytest.importorskip("all", reason="bench/all.py draws with matplotlib", exc_type=ImportError)
+    names, left = list(limits.SUBJECTS), 900.0
+    for i, (name, (_, share)) in enumerate(limits.SUBJECTS.items()):
+        limit = limits.limit_of(name, names[i + 1 :], left)
+        assert limit == pytest.approx(900 * share), "time enough: by the shares alone"
+        left -= limit
+    few = ["pooling", "cross_entropy", "batch_norm", "conv"]
+    assert [limits.limit_of(name, few[i + 1 :], 105 - 25 * i) for i, name in enumerate(few)] == [25, 25, 25, 30]
+    assert limits.limit_of("conv", few[:3], 120) == 45, "its share is more than half, the others need theirs"
+    assert limits.limit_of("conv", [], 80) == 80, "what the others left"
+    assert limits.limit_of("conv", few[:3], 40) == 10, "not enough for anybody"
 
 
 def test_modes_of_torch_compile():

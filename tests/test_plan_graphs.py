@@ -17,6 +17,7 @@ from torch import nn
 
 import fastconv
 from fastconv import _ext, train
+from fastconv._plan import inference
 from fastconv._plan.inference import GraphedPlan, InferencePlan
 from fastconv._plan.kernels import kernels
 from fastconv._plan.training import TrainingPlan
@@ -42,7 +43,7 @@ class Graph:
 
 
 @contextlib.contextmanager
-def capture(graph, pool=None, stream=None):
+def capture(graph, pool, stream):
     assert Graph.capturing is None
     Graph.capturing = graph
     try:
@@ -64,7 +65,8 @@ def captured(real):
             result = real(self, *args)
             out[0].set_(result.clone()) if out[0].numel() == 0 else out[0].copy_(result)
 
-        out.append(torch.empty(0))
+        with torch.inference_mode(False):  # a replay writes to it in any mode
+            out.append(torch.empty(0))
         graph.calls.append(call)
         return out[0]
 
@@ -95,9 +97,11 @@ def gpu(monkeypatch):
     for name, value in {
         "Stream": lambda *a, **k: nothing, "Event": lambda *a, **k: nothing, "current_stream": lambda *a: nothing,
         "stream": lambda s: contextlib.nullcontext(), "graph_pool_handle": lambda: None, "CUDAGraph": Graph,
-        "graph": capture, "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: False,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    for module in (train, inference):
+        monkeypatch.setattr(module, "capture", capture)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(TrainingPlan, "launch", captured(TrainingPlan.launch))
     monkeypatch.setattr(InferencePlan, "run", captured(InferencePlan.run))
@@ -233,3 +237,55 @@ def test_inference_replays_and_keeps_its_results_apart(gpu, planner):
     for x, out in zip(inputs, outs, strict=True):
         torch.testing.assert_close(out, stock(x), rtol=1e-4, atol=1e-5)
     assert graphed.graph.replays == 3
+
+
+@pytest.mark.parametrize(
+    "make, inside",
+    (
+        (torch.optim.SGD, True),
+        (torch.optim.Adam, False),
+        (lambda p: torch.optim.Adam(p, capturable=True), True),
+        (torch.optim.Adagrad, False),
+        (torch.optim.Adafactor, False),
+    ),
+)
+def test_optimizers_that_count_on_the_host_step_outside_the_graph(make, inside, gpu, planner):
+    model = small_net()
+    step = fastconv.TrainStep(model, F.cross_entropy, make(model.parameters()), plan=False)
+    assert train._StepGraphs(step, required=True).update_inside is inside
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda model: model[0].weight.requires_grad_(False),
+        lambda model: model[1].eval(),
+        lambda model: model.__setitem__(2, nn.SiLU()),
+        lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
+    ),
+    ids=("frozen", "eval", "replaced", "parameter"),
+)
+def test_a_changed_model_is_captured_anew(change, gpu, planner):
+    model = small_net()
+    step = step_of(model, False)
+    step._plans, step.plan_required, step._graphs = None, False, train._StepGraphs(step, required=True)
+    pair = batch()
+    for _ in range(5):
+        step(*pair)
+    (first,) = step._graphs.cache.values()
+    step(*pair)
+    assert first in step._graphs.cache.values()
+    change(model)
+    step(*pair)
+    (second,) = step._graphs.cache.values()
+    assert second is not first and step._graphs.recaptures == 0
+
+
+def test_inference_captured_in_inference_mode_serves_other_calls(gpu, planner):
+    model = fastconv.fuse(small_net().eval(), inplace=True)
+    plan = InferencePlan(model, (2, 3, 8, 8), torch.float32, kernels(torch.device("cpu")))
+    with torch.inference_mode():
+        graphed = GraphedPlan(plan, batch()[0])
+    x = batch()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(graphed.run(x), fastconv.unfuse(copy.deepcopy(model))(x), rtol=1e-4, atol=1e-5)

@@ -62,6 +62,8 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name, planner):
     stock, data, loss_fn = net(), batches(2), LOSSES[name]
+    if isinstance(loss_fn, nn.Module):  # class weights, made on the CPU, go to the data
+        loss_fn = copy.deepcopy(loss_fn).to(data[0][0].device)
     ours = fastconv.fuse(copy.deepcopy(stock), inplace=True)
     sgd = lambda p: torch.optim.SGD(p, 1e-2)  # noqa: E731
     losses = planned(ours, loss_fn, sgd(ours.parameters()), data, **planner.options)

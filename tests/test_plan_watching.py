@@ -217,3 +217,16 @@ def test_the_optimizers_state_is_watched():
     optimizer.state.clear()
     assert plan() is not third and len(optimizer.state) >= len(list(ours.parameters()))
     assert optimizer.state[weight]["momentum_buffer"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("optimizer", (torch.optim.SGD, torch.optim.AdamW))
+def test_a_default_device_elsewhere_changes_nothing(optimizer):
+    """What a plan keeps on the host stays there under torch.device("cuda") around the training loop."""
+    losses = []
+    for other in (False, True):
+        model, data = fastconv.fuse(net(), inplace=True), batches(3)
+        step = fastconv.TrainStep(model, F.cross_entropy, optimizer(model.parameters(), 0.05))
+        with torch.device("meta" if other else "cpu"):
+            losses.append([step(*pair) for pair in data])
+        assert step.plan_reason == ""
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))

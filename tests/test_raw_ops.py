@@ -379,3 +379,13 @@ def test_raw_operators_check_their_arguments(op, change, error, text, kernels):
         pytest.skip("on a GPU this is a device-side assertion, as in stock PyTorch")
     with pytest.raises(error, match=text or None):
         overload(op)(*misuse(op, change, kernels.device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="two devices are needed")
+def test_a_scalar_on_another_device_is_refused(kernels):
+    if kernels.device == "cpu":
+        pytest.skip("the kernels and the scalar are on the CPU")
+    with pytest.raises(RuntimeError, match="cross_entropy_backward: normalizer expected device cuda"):
+        overload("cross_entropy_backward")(
+            *misuse("cross_entropy_backward", {"normalizer": lambda t: t.cpu()}, kernels.device)
+        )

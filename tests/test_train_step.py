@@ -349,3 +349,29 @@ def test_cuda_graph_equals_the_loop(caplog):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-4)
     for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_failed_capture_leaves_streams_and_random_numbers_usable(caplog):
+    """A loss that reads the device cannot be captured: the steps go on without a graph, dropout included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4)).cuda()
+
+    def loss_fn(out, y):
+        loss = nn.functional.cross_entropy(out, y)
+        assert loss.item() >= 0
+        return loss
+
+    step = fastconv.TrainStep(model, loss_fn, torch.optim.SGD(model.parameters(), 0.1))
+    x, y = torch.randn(32, 8, device="cuda"), torch.randint(4, (32,), device="cuda")
+    stream = torch.cuda.current_stream()
+    before = model[0].weight.detach().clone()
+    for _ in range(6):
+        step(x, y)
+        assert torch.cuda.current_stream() == stream
+    assert step.captured == 0 and "without a CUDA graph" in caplog.text
+    assert not torch.equal(model[0].weight, before)
+    other = fastconv.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1), cuda_graph=True)
+    for _ in range(6):
+        other(x, y)
+    assert other.captured == 1

@@ -29,14 +29,18 @@ def problem(dtype=torch.float32, n=3, c=16, k=24, size=4, taps=3):
     return x, conv2d.problem_of(x.shape, (k, c, taps, taps), (1, 1), (taps // 2,) * 2, (1, 1), 1, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "taps"), [(torch.float32, 3), (torch.float16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "taps", "tf32"), [(torch.float32, 3, False), (torch.float32, 3, True), (torch.float16, 1, False)]
+)
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
-def test_every_candidate_is_right_and_timed(op, dtype, taps):
+def test_every_candidate_is_right_and_timed(op, dtype, taps, tf32, monkeypatch):
     from fastconv.triton import conv_config, conv_tune
 
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     x, a = problem(dtype, taps=taps)
     found = conv_config.candidates(op, a, *conv_config.device_limits(x.device.index))
     assert conv_config.choose(op, a, x) == found[0], "without a measurement the cost model's first"
+    assert a.exact == (dtype is torch.float32 and not tf32)
     best = conv_tune.tune(op, a, x)
     entry = choice.store_of(x.device).get(conv_tune.class_of(op, a, dtype))
     assert set(entry["ms"]) == {conv_tune.name_of(t) for t in found} and "failed" not in entry
@@ -81,7 +85,7 @@ def test_tiles_that_are_wrong_or_do_not_run_are_left_out(monkeypatch, caplog):
         conv_tune.tune("fprop", a, x)
 
 
-def test_a_tuning_run_measures_the_tiles_of_its_calls():
+def test_a_tuning_run_measures_the_tiles_of_its_calls(monkeypatch):
     """All three directions of a call with gradients; an ordinary call measures none."""
     x = image(2, 16, 4, 4, torch.float32).requires_grad_()
     w = image(8, 16, 1, 1, torch.float32, 1).requires_grad_()
@@ -89,9 +93,12 @@ def test_a_tuning_run_measures_the_tiles_of_its_calls():
     before = order[DEVICE]
     order[DEVICE] = ("triton",)
     try:
+        # On a GPU it would be measured now, and the tuning run would find nothing left to do.
+        monkeypatch.setenv("FASTCONV_TUNE", "0")
         FF.conv2d_bias_act(x, w).sum().backward()
         store = choice.store_of(x.device)
         assert not [key for key in store._entries if key.startswith("tile")]
+        monkeypatch.delenv("FASTCONV_TUNE")
         with fastconv.tune.measuring(seconds=0.0) as tuning:
             FF.conv2d_bias_act(x, w)
         (result,) = tuning.results.values()

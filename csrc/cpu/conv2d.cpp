@@ -1,7 +1,7 @@
 // The convolution itself: chooses the algorithm by shape.
 //
-// fastconv's own engine (conv_rows.h) runs where it was measured to be faster than oneDNN; what is left goes to ATen,
-// that is oneDNN or ATen's own loops, after the taps that read padding alone are cut off the filter.
+// fastconv's own engines (conv_rows.h, conv_depthwise.h) run where they were measured to be faster than oneDNN; what is
+// left goes to ATen, that is oneDNN or ATen's own loops, after the taps that read padding alone are cut off the filter.
 
 #include "conv2d.h"
 
@@ -123,15 +123,58 @@ bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
   return (type == at::kFloat || type == at::kBFloat16) && rows_worthwhile(p, x.element_size(), pass);
 }
 
-void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
-                     const at::Tensor& addend, const at::Tensor& grad_input) {
-  const bool done = with_rows(p, grad_input, weight, ConvPass::input_grad, [&](auto tag, auto wide) {
+bool conv_uses_depthwise(const ConvParams& p, const at::Tensor& x) {
+  const at::ScalarType type = x.scalar_type();
+  return (type == at::kFloat || type == at::kBFloat16) && depthwise_takes(p, x.element_size());
+}
+
+namespace {
+
+// Whether one of fastconv's engines has computed it. Dense NHWC tensors, addend undefined or one.
+bool engine_input_grad(const ConvParams& p, const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& addend,
+                       const at::Tensor& dx) {
+  const bool depthwise = conv_uses_depthwise(p, dx);
+  if (!depthwise && !conv_uses_rows(p, dx, ConvPass::input_grad)) return false;
+  with_types(dx, weight, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
     using W = typename decltype(wide)::type;
-    rows_input_grad<T>(p, const_data<T>(grad_output), const_data<W>(weight), nullptr,
-                       {data<T>(grad_input), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr});
+    const RowsEpilogue<T> e{data<T>(dx), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr};
+    if (depthwise) {
+      depthwise_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), e);
+    } else {
+      rows_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), nullptr, e);
+    }
   });
-  if (done) return;
+  return true;
+}
+
+// dw: of the input's dtype, or fp32.
+bool engine_weight_grad(const ConvParams& p, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& dw) {
+  const bool depthwise = conv_uses_depthwise(p, x);
+  if (!depthwise && !conv_uses_rows(p, x, ConvPass::weight_grad)) return false;
+  with_types(x, dw, [&](auto tag, auto wide) {
+    using T = typename decltype(tag)::type;
+    using D = typename decltype(wide)::type;
+    if (depthwise) {
+      depthwise_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
+    } else {
+      rows_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
+    }
+  });
+  return true;
+}
+
+}  // namespace
+
+void conv_weight_grad_into(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& input,
+                           const at::Tensor& weight, const at::Tensor& grad_weight) {
+  if (engine_weight_grad(p, grad_output, input, grad_weight)) return;
+  grad_weight.copy_(std::get<1>(aten_backward(p, grad_output, input, weight, {false, true})));
+}
+
+void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
+                     const at::Tensor& addend, const at::Tensor& grad_input) {
+  if (engine_input_grad(p, grad_output, weight, addend, grad_input)) return;
   auto [dx, dw] = aten_backward(p, grad_output, grad_input, weight, {true, false});
   if (addend.defined()) {
     at::add_out(const_cast<at::Tensor&>(grad_input), dx, addend);
@@ -148,16 +191,28 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
   if (p.n == 0) return made();
   const at::Tensor x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor out;
-  const bool done = with_rows(p, x, w, ConvPass::forward, [&](auto tag, auto wide) {
-    using T = typename decltype(tag)::type;
-    using W = typename decltype(wide)::type;
-    const ConvEpilogue& e = epilogue;
+  const bool depthwise = conv_uses_depthwise(p, x);
+  if (depthwise || conv_uses_rows(p, x, ConvPass::forward)) {
     out = made();
-    rows_forward<T>(p, const_data<T>(x), const_data<W>(w), e.packed,
-                    {data<T>(out), data<T>(e.pre), const_data<T>(e.residual), const_data<float>(e.scale),
-                     const_data<float>(e.shift), e.act, const_data<float>(e.mean)});
-  });
-  if (done) return out;
+    with_types(x, w, [&](auto tag, auto wide) {
+      using T = typename decltype(tag)::type;
+      using W = typename decltype(wide)::type;
+      const ConvEpilogue& e = epilogue;
+      const RowsEpilogue<T> to{data<T>(out),
+                               data<T>(e.pre),
+                               const_data<T>(e.residual),
+                               const_data<float>(e.scale),
+                               const_data<float>(e.shift),
+                               e.act,
+                               const_data<float>(e.mean)};
+      if (depthwise) {
+        depthwise_forward<T>(p, const_data<T>(x), const_data<W>(w), to);
+      } else {
+        rows_forward<T>(p, const_data<T>(x), const_data<W>(w), e.packed, to);
+      }
+    });
+    return out;
+  }
   ConvEpilogue rest = epilogue;
   at::Tensor bias;
   // A dilated convolution's bias stays out of oneDNN: see Cropped::dilation.
@@ -188,22 +243,14 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
   }
   const at::Tensor dy = nhwc(grad_output), x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor dx, dw;
-  if (output_mask[0]) {
-    output_mask[0] = !with_rows(p, x, w, ConvPass::input_grad, [&](auto tag, auto wide) {
-      using T = typename decltype(tag)::type;
-      using W = typename decltype(wide)::type;
-      dx = empty_nhwc(x.sizes(), x.options(), format_x);
-      rows_input_grad<T>(p, const_data<T>(dy), const_data<W>(w), nullptr,
-                         {data<T>(dx), nullptr, nullptr, nullptr, nullptr, Act::identity, nullptr});
-    });
+  const bool depthwise = conv_uses_depthwise(p, x);
+  if (output_mask[0] && (depthwise || conv_uses_rows(p, x, ConvPass::input_grad))) {
+    dx = empty_nhwc(x.sizes(), x.options(), format_x);
+    output_mask[0] = !engine_input_grad(p, dy, w, {}, dx);
   }
-  if (output_mask[1]) {
-    output_mask[1] = !with_rows(p, x, w, ConvPass::weight_grad, [&](auto tag, auto wide) {
-      using T = typename decltype(tag)::type;
-      using W = typename decltype(wide)::type;
-      dw = at::empty(w.sizes(), w.options(), kLast);
-      rows_weight_grad<T, W>(p, const_data<T>(dy), const_data<T>(x), data<W>(dw));
-    });
+  if (output_mask[1] && (depthwise || conv_uses_rows(p, x, ConvPass::weight_grad))) {
+    dw = at::empty(w.sizes(), w.options(), kLast);
+    output_mask[1] = !engine_weight_grad(p, dy, x, dw);
   }
   if (output_mask[0] || output_mask[1]) {
     auto [aten_dx, aten_dw] = aten_backward(p, dy, x, w.to(x.scalar_type()), output_mask);

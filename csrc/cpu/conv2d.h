@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../host/conv2d_check.h"
+#include "conv_depthwise.h"
 #include "conv_rows.h"
 #include "host.h"
 
@@ -38,22 +39,23 @@ void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const a
 // Whether the engine of conv_rows.h computes this pass; it alone takes packed weights and hands gradients on in blocks.
 bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass);
 
-// Calls `run` with a tag of the elements' type (fp32 or bf16) where the engine computes this pass; false where not.
+// Whether the kernels of conv_depthwise.h compute this convolution.
+bool conv_uses_depthwise(const ConvParams& p, const at::Tensor& x);
+
+// Calls `run` with a tag of the elements' type, fp32 or bf16.
 template <class F>
-bool with_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass, const F& run) {
-  if (!conv_uses_rows(p, x, pass)) return false;
+void with_type(const at::Tensor& x, const F& run) {
   if (x.scalar_type() == at::kFloat) {
     run(TypeTag<float>{});
   } else {
     run(TypeTag<bf16>{});
   }
-  return true;
 }
 
 // The same with a second tag, of the weights' type.
 template <class F>
-bool with_rows(const ConvParams& p, const at::Tensor& x, const at::Tensor& weight, ConvPass pass, const F& run) {
-  return with_rows(p, x, pass, [&](auto tag) {
+void with_types(const at::Tensor& x, const at::Tensor& weight, const F& run) {
+  with_type(x, [&](auto tag) {
     if (weight.scalar_type() == at::kFloat) {
       run(tag, TypeTag<float>{});
     } else if constexpr (std::is_same_v<typename decltype(tag)::type, bf16>) {
@@ -61,6 +63,10 @@ bool with_rows(const ConvParams& p, const at::Tensor& x, const at::Tensor& weigh
     }
   });
 }
+
+// grad_weight (fp32) = the weight gradient, which ATen rounds to the weight's dtype first. Dense NHWC tensors.
+void conv_weight_grad_into(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& input,
+                           const at::Tensor& weight, const at::Tensor& grad_weight);
 
 // Gradients in the layouts and dtypes of input and weight; undefined where not asked for.
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,

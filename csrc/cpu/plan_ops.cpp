@@ -46,7 +46,8 @@ at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::In
   const ConvParams p = plan_conv_params(op, input, weight, geometry);
   const auto bytes = weight.options().dtype(at::kByte);
   at::Tensor out = at::empty({0}, bytes);
-  with_rows(p, input, ConvPass::forward, [&](auto tag) {
+  if (!conv_uses_rows(p, input, ConvPass::forward)) return out;
+  with_type(input, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (rows_in_place<T>(p)) return;
     out = at::zeros({rows_packed_bytes(p, input.element_size(), ConvPass::forward)}, bytes);
@@ -63,10 +64,6 @@ void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, 
   conv_input_grad(p, grad_output, weight, or_none(addend), grad_input);
 }
 
-at::Tensor aten_weight_grad(const ConvParams& p, const at::Tensor& dz, const at::Tensor& x, const at::Tensor& weight) {
-  return std::get<1>(conv_backward(p, dz, x, weight, {false, true}));
-}
-
 // weight: as the forward pass took it, of the input's dtype. grad_weight: fp32.
 void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef geometry, const at::Tensor& grad_weight) {
@@ -75,11 +72,7 @@ void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, 
   check_nhwc(op, "grad_weight", grad_weight);
   check_dtype(op, "grad_weight", grad_weight, at::kFloat);
   check_sizes(op, "grad_weight", grad_weight, weight.sizes());
-  const bool done = with_rows(p, input, ConvPass::weight_grad, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    rows_weight_grad<T, float>(p, const_data<T>(grad_output), const_data<T>(input), data<float>(grad_weight));
-  });
-  if (!done) grad_weight.copy_(aten_weight_grad(p, grad_output, input, weight));
+  conv_weight_grad_into(p, grad_output, input, weight, grad_weight);
 }
 
 // The same gradient, consumed by the optimizer at once: parameter (fp32) and its state are updated. weight may be the
@@ -94,13 +87,19 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   check_nhwc(op, "parameter", parameter);
   check_sizes(op, "parameter", parameter, weight.sizes());
   const WeightUpdate update(op, parameter, state, half, hyper, optimizer);
-  const bool done = with_rows(p, input, ConvPass::weight_grad, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    rows_weight_grad_blocks<T>(
-        p, const_data<T>(grad_output), const_data<T>(input), skip_dead,
-        [&](int64_t first, int64_t count, const float* grad) { update.apply(first, count, grad); });
-  });
-  if (!done) update.apply_all(aten_weight_grad(p, grad_output, input, weight));
+  if (conv_uses_rows(p, input, ConvPass::weight_grad)) {
+    with_type(input, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      rows_weight_grad_blocks<T>(
+          p, const_data<T>(grad_output), const_data<T>(input), skip_dead,
+          [&](int64_t first, int64_t count, const float* grad) { update.apply(first, count, grad); });
+    });
+    return;
+  }
+  // All taps, the dead ones with a gradient of zero, which skip_dead promises to move nothing.
+  const at::Tensor grad = at::empty(weight.sizes(), parameter.options(), kNhwc);
+  conv_weight_grad_into(p, grad_output, input, weight, grad);
+  update.apply_all(grad);
 }
 
 // The taps that one pass over the weights steps on the way to both gradients; none where it takes two.

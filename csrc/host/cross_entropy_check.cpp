@@ -59,6 +59,7 @@ void check_cross_entropy_backward(const char* op, const at::Tensor& grad_loss, c
   check_device(op, "lse", lse, input);
   check_sizes(op, "lse", lse, target.position_sizes);
   check_dtype(op, "normalizer", normalizer, acc);
+  check_device(op, "normalizer", normalizer, input);
   TORCH_CHECK(normalizer.numel() == 1, op, ": normalizer expected 1 element, got ", normalizer.numel());
   if (reduction == kNone) {
     check_sizes(op, "grad_loss", grad_loss, target.position_sizes);

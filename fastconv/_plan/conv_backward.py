@@ -24,8 +24,8 @@ def live_taps(node: Node) -> Tensor:
     """[r, s]: which taps of a convolution read the input at any output position."""
     conv, axes = node.module, []
     for i in (0, 1):
-        outputs = torch.arange(node.output.shape[2 + i])[None, :] * conv.stride[i] - conv.padding[i]
-        reads = outputs + torch.arange(conv.kernel_size[i])[:, None] * conv.dilation[i]
+        outputs = torch.arange(node.output.shape[2 + i], device="cpu")[None, :] * conv.stride[i] - conv.padding[i]
+        reads = outputs + torch.arange(conv.kernel_size[i], device="cpu")[:, None] * conv.dilation[i]
         axes.append(((reads >= 0) & (reads < node.inputs[0].shape[2 + i])).any(1))
     return axes[0][:, None] & axes[1][None, :]
 
@@ -105,7 +105,7 @@ class TrainingLowering(BackwardLowering):
         """Emits both gradients and the update as one call, where one pass over the weights does it all."""
         if self.kernels.gpu or not weight.requires_grad or self.optimizer is None or not self.updates(weight):
             return False
-        example = torch.empty(into.shape, dtype=self.dtype, memory_format=torch.channels_last)
+        example = used.new_empty(into.shape).contiguous(memory_format=torch.channels_last)
         if not torch.ops.fastconv_plan.conv2d_steps_in_place(example, used, shape):
             return False
         self.build.call("fastconv_plan::conv2d_backward_update",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._graphs import capture
 from .flatten import Flattener
 from .forward import PIXEL, Lowering, as_filter, geometry, is_pixelwise, nhwc, nhwc_weight
 from .kernels import Kernels
@@ -48,7 +49,7 @@ class InferenceLowering(Lowering):
         if self.kernels.gpu:
             mean, shift = None, affine(mean, scale, shift)
         else:
-            example = torch.empty(node.inputs[0].shape, dtype=self.dtype, memory_format=torch.channels_last)
+            example = weight.new_empty(node.inputs[0].shape).contiguous(memory_format=torch.channels_last)
             packed = torch.ops.fastconv_plan.conv2d_pack(example, weight, geometry(node))
         vectors = (mean, scale, shift)
         out = self.own(node.output)
@@ -74,7 +75,7 @@ class InferenceLowering(Lowering):
         if not self.kernels.gpu and (is_pixelwise(node.module) or is_narrow(node.module)):
             filters = as_filter(self.weight(weight))
             filters = F.pad(filters, (0, 0, 0, 0, 0, 0, 0, max(_PANEL - len(filters), 0)))
-            example = torch.empty((*node.inputs[0].shape, 1, 1), dtype=self.dtype)
+            example = filters.new_empty((*node.inputs[0].shape, 1, 1))
             packed = torch.ops.fastconv_plan.conv2d_pack(example, filters, PIXEL)
             return self.pixelwise(node, x, filters, packed)[1]
         return self.build.returning(
@@ -130,13 +131,15 @@ class GraphedPlan:
     """A plan in a CUDA graph. Its buffers belong to one replay at a time: a call waits for those from other streams."""
 
     def __init__(self, plan: InferencePlan, x: Tensor) -> None:
-        self.plan, self.x, self.graph = plan, x.clone(), torch.cuda.CUDAGraph()
+        with torch.inference_mode(False):  # else calls outside that mode could not write to it
+            self.x = x.clone()
+        self.plan, self.graph, self.pool = plan, torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             plan.run(self.x)  # library handles are made outside the capture
         current.wait_stream(stream)
-        with torch.cuda.graph(self.graph, stream=stream):
+        with capture(self.graph, self.pool, stream):
             self.out = plan.run(self.x)
         self.done = torch.cuda.Event()
         self.done.record(current)

@@ -60,7 +60,9 @@ class PlannedOptimizer:
                 if p.dtype is not torch.float32 or not dense:
                     raise Refused("a parameter is not a dense float32 tensor")
                 self.of[id(p)] = len(self.groups)
-            self.groups.append((group, mine, torch.zeros(7 if self.kind == "adam" else 4, dtype=torch.float64)))
+            self.groups.append(
+                (group, mine, torch.zeros(7 if self.kind == "adam" else 4, dtype=torch.float64, device="cpu"))
+            )
         # By group, what the calls are bound to: a device reads them while it works, so a captured step sees changes.
         away = device is not None and device.type != "cpu"
         self.hyper = [values.to(device) if away else values for _, _, values in self.groups]
@@ -107,7 +109,7 @@ class PlannedOptimizer:
                 state[name] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(held)
         if self.kind == "adam":
             if not isinstance(state.get("step"), Tensor):
-                state["step"] = torch.tensor(float(state.get("step", 0)))
+                state["step"] = torch.tensor(float(state.get("step", 0)), device="cpu")
             self.steps.append(state["step"])
         return [state[name] for name in _STATE[self.kind]]
 
@@ -147,7 +149,7 @@ class PlannedOptimizer:
                 ]  # fmt: skip
             if values == hyper.tolist():
                 continue
-            hyper.copy_(torch.tensor(values, dtype=torch.float64))
+            hyper.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
             if bound is not hyper:
                 # Pageable memory: the driver has read it when the call returns, and does not wait for the device.
                 bound.copy_(hyper, non_blocking=True)

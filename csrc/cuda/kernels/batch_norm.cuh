@@ -144,13 +144,23 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSlices) bn_merge_kernel(
   const int lane = threadIdx.x % kMergeChannels, slice = threadIdx.x / kMergeChannels;
   const int c = blockIdx.x * kMergeChannels + lane;
   Moments m{0.0f, 0.0f, 0.0f};
-  if (c < p.shape.channels)
-    for (int i = slice; i < chunks; i += kMergeSlices) {
-      int64_t left = p.shape.rows - i * p.shape.chunk_rows;
-      float count = static_cast<float>(left < p.shape.chunk_rows ? left : p.shape.chunk_rows);
-      int64_t at = static_cast<int64_t>(i) * p.shape.channels + c;
-      m = merge(m, {count, p.part_mean[at], p.part_m2[at]});
+  constexpr int kAtOnce = 8;  // loads on their way together: between merges, which branch, each would wait for itself
+  for (int first = slice; first < chunks && c < p.shape.channels; first += kAtOnce * kMergeSlices) {
+    float mean[kAtOnce], m2[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = first + u * kMergeSlices;
+      const int64_t at = static_cast<int64_t>(i) * p.shape.channels + c;
+      mean[u] = i < chunks ? p.part_mean[at] : 0.0f;
+      m2[u] = i < chunks ? p.part_m2[at] : 0.0f;
     }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t left = p.shape.rows - (first + u * kMergeSlices) * p.shape.chunk_rows;
+      if (left > 0)
+        m = merge(m, {static_cast<float>(left < p.shape.chunk_rows ? left : p.shape.chunk_rows), mean[u], m2[u]});
+    }
+  }
   m = merge_slices(m, shared, [](const Moments& a, const Moments& b) { return merge(a, b); });
   if (slice != 0 || c >= p.shape.channels) return;
   if (p.pivoted) m.mean += to_float(p.x[c]);
@@ -165,11 +175,10 @@ __device__ __forceinline__ void apply_rows(const BatchNormParams<T>& p, const Co
                                            const float (&mean)[N], const float (&invstd)[N]) {
   if (!t.active) return;
   float scale[N], bias[N];
+  p.weight.template get_all<T>(scale, t.c, 1.0f);
+  p.bias.template get_all<T>(bias, t.c, 0.0f);
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    scale[j] = invstd[j] * p.weight.template get<T>(t.c + j, 1.0f);
-    bias[j] = p.bias.template get<T>(t.c + j, 0.0f);
-  }
+  for (int j = 0; j < N; ++j) scale[j] *= invstd[j];
   for (int64_t row = t.row; row < t.end; row += t.step) {
     int64_t at = row * p.shape.channels + t.c;
     float x[N];
@@ -194,14 +203,15 @@ __global__ void __launch_bounds__(kColumnThreads) bn_apply_kernel(BatchNormParam
   if (p.training && p.batches_tracked && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) ++*p.batches_tracked;
   if (!t.active) return;
   float mean[N], invstd[N];
+  if (p.training) {
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (p.training) {
-      mean[j] = p.save_mean[t.c + j];
-      invstd[j] = p.save_invstd[t.c + j];
-    } else {
-      mean[j] = p.running_mean.template get<T>(t.c + j);
-      invstd[j] = rsqrtf(p.running_var.template get<T>(t.c + j) + p.eps);
+    for (int j = 0; j < N; ++j) mean[j] = p.save_mean[t.c + j], invstd[j] = p.save_invstd[t.c + j];
+  } else {
+    p.running_mean.template get_all<T>(mean, t.c);
+    p.running_var.template get_all<T>(invstd, t.c);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      invstd[j] = rsqrtf(invstd[j] + p.eps);
       if (blockIdx.y == 0 && t.y == 0) {
         p.save_mean[t.c + j] = mean[j];
         p.save_invstd[t.c + j] = invstd[j];
@@ -254,10 +264,8 @@ Status run_batch_norm(BatchNormParams<T> p, int64_t part_rows, Stream stream) {
     if (p.split.parts && !small) return {"batch_norm: split sums go with few rows and a momentum"};
     if (small) {
       p.shape.chunk_rows = p.shape.rows;
-      if (p.split.parts) {
-        spread_columns<N>(p.shape);
-        return launch(bn_small_kernel<T, N, true>, column_grid<N>(p.shape), block, 0, stream, p);
-      }
+      spread_columns<N>(p.shape);
+      if (p.split.parts) return launch(bn_small_kernel<T, N, true>, column_grid<N>(p.shape), block, 0, stream, p);
       return launch(bn_small_kernel<T, N, false>, column_grid<N>(p.shape), block, 0, stream, p);
     }
     Status status;

@@ -44,12 +44,12 @@ struct BackwardChannels {  // what a thread keeps of its channels
   float mean[N], invstd[N], weight[N], bias[N];
   __device__ __forceinline__ BackwardChannels(const BatchNormBackwardParams<T>& p, const ColumnThread<N>& t) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      mean[j] = t.active ? p.mean[t.c + j] : 0.0f;
-      invstd[j] = t.active ? p.invstd[t.c + j] : 0.0f;
-      weight[j] = t.active ? p.weight.template get<T>(t.c + j, 1.0f) : 0.0f;
-      bias[j] = t.active ? p.bias.template get<T>(t.c + j, 0.0f) : 0.0f;
-    }
+    for (int j = 0; j < N; ++j) mean[j] = invstd[j] = weight[j] = bias[j] = 0.0f;
+    if (!t.active) return;
+#pragma unroll
+    for (int j = 0; j < N; ++j) mean[j] = p.mean[t.c + j], invstd[j] = p.invstd[t.c + j];
+    p.weight.template get_all<T>(weight, t.c, 1.0f);
+    p.bias.template get_all<T>(bias, t.c, 0.0f);
   }
   // g and xhat of one row. Split: dy comes as split sums, and is written for the next time.
   template <bool Split>
@@ -219,10 +219,9 @@ Status run_batch_norm_backward(BatchNormBackwardParams<T> p, int64_t part_sums, 
   if (needs_output(p.act) && !p.output) return {"batch_norm_backward: this activation needs output"};
   if (p.shape.rows <= kBatchNormSmallRows) {
     p.shape.chunk_rows = p.shape.rows;
-    if (p.split.parts) {
-      spread_columns<N>(p.shape);
+    spread_columns<N>(p.shape);
+    if (p.split.parts)
       return launch(bn_backward_small_kernel<T, N, true>, column_grid<N>(p.shape), block, 0, stream, p);
-    }
     return launch(bn_backward_small_kernel<T, N, false>, column_grid<N>(p.shape), block, 0, stream, p);
   }
   if (p.split.parts) return {"batch_norm_backward: split sums go with few rows"};

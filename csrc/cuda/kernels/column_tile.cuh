@@ -41,11 +41,12 @@ inline dim3 column_grid(const ColumnShape& s) {
   return dim3(ceil_div(s.channels, N << s.tx_log2), column_chunks(s));
 }
 
-// Fewer channels for a block, and more blocks: for kernels that read split sums, many bytes for each of few rows.
-// Four vectors side by side are still whole sectors of memory.
+// Fewer channels for a block, and more blocks: for kernels whose blocks own all rows of their channels, of which there
+// would be one or two. Four vectors side by side are still whole sectors of memory; of single elements (N = 1) the full
+// width is.
 template <int N>
 inline void spread_columns(ColumnShape& s) {
-  while (s.tx_log2 > 2 && ceil_div(s.channels, N << s.tx_log2) < 64) --s.tx_log2;
+  while (N > 1 && s.tx_log2 > 2 && ceil_div(s.channels, N << s.tx_log2) < 64) --s.tx_log2;
 }
 
 // One thread's part: channels [c, c + N) (none if !active), rows row, row + step, ... below end.
@@ -96,6 +97,20 @@ struct ChannelVector {
     if (!data) return absent;
     return is_float ? static_cast<const float*>(data)[c] : to_float(static_cast<const T*>(data)[c]);
   }
+  // N channels from c. The branch stands outside the loops: inside, each load waits for the one before it.
+  template <class T, int N>
+  __device__ __forceinline__ void get_all(float (&out)[N], int c, float absent) const {
+    if (!data) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = absent;
+    } else if (is_float) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = static_cast<const float*>(data)[c + j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = to_float(static_cast<const T*>(data)[c + j]);
+    }
+  }
 };
 struct ChannelVectorOut {
   void* data = nullptr;
@@ -112,6 +127,10 @@ struct ChannelVectorOut {
   template <class T>
   __device__ __forceinline__ float get(int c) const {
     return ChannelVector{data, is_float}.template get<T>(c, 0.0f);
+  }
+  template <class T, int N>
+  __device__ __forceinline__ void get_all(float (&out)[N], int c) const {
+    ChannelVector{data, is_float}.template get_all<T>(out, c, 0.0f);
   }
 };
 
@@ -137,12 +156,13 @@ __device__ __forceinline__ void load_split(float (&x)[N], const SplitSum<T>& s, 
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] += y[j];
   }
-  float addend[N];
+  float addend[N], bias[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) addend[j] = 0.0f;
   if (s.addend) load_floats<N>(addend, s.addend + at);
+  s.bias.template get_all<T>(bias, c, 0.0f);
 #pragma unroll
-  for (int j = 0; j < N; ++j) x[j] = to_float(from_float<T>(x[j] + s.bias.template get<T>(c + j, 0.0f) + addend[j]));
+  for (int j = 0; j < N; ++j) x[j] = to_float(from_float<T>(x[j] + bias[j] + addend[j]));
   if (keep) store_floats<N>(s.into + at, x);
 }
 

@@ -42,19 +42,22 @@ using Stream = cudaStream_t;
 // Programmatic dependent launch, with FASTCONV_PDL=1 on sm_90 and later: a kernel starts while the one before it
 // drains. Every kernel here calls ptx::pdl_wait before it touches global memory, so the order stays. Off until a GPU
 // has shown what it gains (bench/gpu.sh, part pdl).
-inline bool dependent_launch() {
+inline bool dependent_launch(const void* kernel) {
   static const bool wanted = [] {
     const char* text = std::getenv("FASTCONV_PDL");
     return text && std::string(text) == "1";
   }();
   if (!wanted) return false;
-  static std::array<std::atomic<int>, 64> known{};  // compute capability by device; 0: not asked yet
-  int device = 0, major = 0;
+  // What the loaded code was compiled for, by device; 0: not asked yet. Not the device's own capability: PTX of sm_80
+  // that a later GPU compiles for itself has no wait in it (ptx.cuh). All kernels come with one list of architectures.
+  static std::array<std::atomic<int>, 64> known{};
+  int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= static_cast<int>(known.size())) return false;
-  major = known[device].load(std::memory_order_relaxed);
-  if (major == 0 && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
-    known[device].store(major, std::memory_order_relaxed);
-  return major >= 9;
+  int version = known[device].load(std::memory_order_relaxed);
+  cudaFuncAttributes loaded{};
+  if (version == 0 && cudaFuncGetAttributes(&loaded, kernel) == cudaSuccess)
+    known[device].store(version = loaded.ptxVersion, std::memory_order_relaxed);
+  return version >= 90;
 }
 
 template <class... Params, class... Args>
@@ -73,10 +76,12 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_byte
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
-    config.numAttrs = dependent_launch() ? 1 : 0;
+    config.numAttrs = dependent_launch(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
     e = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   }
-  if (e == cudaSuccess) e = cudaGetLastError();
+  const cudaError_t last =
+      cudaGetLastError();  // takes what a failed call left, else the next one elsewhere would raise
+  if (e == cudaSuccess) e = last;
   if (e == cudaSuccess) return {};
   return {std::string("CUDA launch failed: ") + cudaGetErrorString(e)};
 }

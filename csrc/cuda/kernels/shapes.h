@@ -20,12 +20,6 @@ constexpr int64_t dgrad_class_rows(const ConvShape& g) {
   return static_cast<int64_t>(g.n) * ((g.h + g.stride_h - 1) / g.stride_h) * ((g.w + g.stride_w - 1) / g.stride_w);
 }
 
-// One filter per channel: kernels of their own.
-template <class Shape>
-constexpr bool is_depthwise(const Shape& g) {
-  return g.groups > 1 && g.groups == g.c && g.k == g.c;
-}
-
 struct ConvTileSize {
   int bm, bn;
 };

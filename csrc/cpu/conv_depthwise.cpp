@@ -1,0 +1,216 @@
+// Host side of the depthwise convolution: tables of what each output reads, threads, workspace.
+
+#include "conv_depthwise.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "conv_rows_host.h"
+
+#define FASTCONV_KERNELS_BF16
+#define FASTCONV_KERNELS "kernels/conv_depthwise_kernels.h"
+#include "foreach_isa.h"
+
+namespace fastconv::cpu {
+
+using namespace rows_host;  // NOLINT: this file's own helpers
+
+namespace {
+
+constexpr int64_t kPiece = 1024;   // positions of a weight gradient that are summed before they are added to the rest
+constexpr int64_t kSmallMap = 16;  // output columns; beyond, images are worked on one by one, for what their rows share
+constexpr int64_t kWgradTasks = 32;  // shares of a weight gradient, where its channels alone give fewer
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Outputs of one axis that read the same taps, each the inputs of the one before it, `mul` further.
+struct Runs {
+  std::vector<DepthwiseRun> runs;
+  std::vector<int64_t> run_of, index;  // by output
+  int64_t mul;
+
+  Runs(const RowsAxis& axis, int64_t out, int64_t taps, int64_t stride, bool transposed)
+      : run_of(out), index(out), mul(transposed ? 1 : stride) {
+    const int64_t step = transposed ? std::min(stride, out) : 1;
+    for (int64_t first = 0; first < step; ++first) {
+      for (int64_t o = first; o < out; o += step) {
+        if (o == first || !follows(&axis.in[(o - step) * taps], &axis.in[o * taps], taps)) runs.push_back({o, step, 0});
+        run_of[o] = static_cast<int64_t>(runs.size()) - 1;
+        index[o] = runs.back().count++;
+      }
+    }
+  }
+
+ private:
+  bool follows(const int64_t* a, const int64_t* b, int64_t taps) const {
+    for (int64_t t = 0; t < taps; ++t)
+      if (a[t] < 0 ? b[t] >= 0 : b[t] != a[t] + mul) return false;
+    return true;
+  }
+};
+
+// What every output reads.
+struct DepthwisePlan {
+  std::vector<DepthwiseRow> rows;
+  std::vector<DepthwiseRun> runs;
+  std::vector<DepthwiseRead> reads;
+  std::vector<int64_t> read_begin{0};
+  int64_t step;
+
+  DepthwisePlan(const ConvParams& p, bool transposed, int64_t block) {
+    const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
+    const int64_t in_h = transposed ? p.p : p.h, in_w = transposed ? p.q : p.w;
+    const RowsAxis h(out_h, in_h, p.r, p.stride_h, p.pad_h, p.dil_h, transposed);
+    const RowsAxis w(out_w, in_w, p.s, p.stride_w, p.pad_w, p.dil_w, transposed);
+    const Runs rows_of(h, out_h, p.r, p.stride_h, transposed), columns_of(w, out_w, p.s, p.stride_w, transposed);
+    for (int64_t o = 0; o < out_h; ++o)
+      rows.push_back({rows_of.run_of[o], rows_of.index[o] * rows_of.mul * in_w * p.c});
+    runs = columns_of.runs, step = columns_of.mul * p.c;
+    for (const DepthwiseRun& a : rows_of.runs) {
+      for (const DepthwiseRun& b : runs) {
+        for (int64_t t = 0; t < p.r * p.s; ++t) {
+          const int64_t y = h.in[a.out * p.r + t / p.s], x = w.in[b.out * p.s + t % p.s];
+          if (y >= 0 && x >= 0) reads.push_back({(y * in_w + x) * p.c, t * block});
+        }
+        read_begin.push_back(static_cast<int64_t>(reads.size()));
+      }
+    }
+  }
+};
+
+template <class T, class W>
+void run_depthwise(const ConvParams& p, bool transposed, const T* input, const W* weight, const RowsEpilogue<T>& e) {
+  const int64_t block = tile_shape<float>().columns, blocks = ceil_div(p.c, block);
+  const DepthwisePlan plan(p, transposed, block);
+  DepthwiseTask<T> task{};
+  task.input = input, task.epilogue = e;
+  task.rows = plan.rows.data(), task.runs = plan.runs.data(), task.n_runs = static_cast<int64_t>(plan.runs.size());
+  task.reads = plan.reads.data(), task.read_begin = plan.read_begin.data(), task.step = plan.step;
+  task.in_image = (transposed ? p.p * p.q : p.h * p.w) * p.c;
+  task.out_h = transposed ? p.h : p.p, task.out_w = transposed ? p.w : p.q;
+  task.channels = p.c, task.taps = p.r * p.s, task.n = p.n;
+  task.at_once = task.out_w <= kSmallMap ? kDepthwiseSide : 1;
+  const auto pack = FASTCONV_VECTORS_PICK(depthwise_pack<T, W>);
+  const auto kernel = FASTCONV_VECTORS_PICK(depthwise<T>);
+  // Rows are shared out where there are enough of them for even shares; else channels, in whole blocks.
+  const int64_t rows = ceil_div(p.n, task.at_once) * task.out_h;
+  const double work = static_cast<double>(p.n * p.p * p.q) * p.c * task.taps;
+  const int64_t threads = work < kSerialWork ? 1 : at::get_num_threads();
+  const int64_t c_parts = rows >= 8 * threads ? 1 : std::min(blocks, threads);
+  const int64_t row_parts = std::min(rows, std::max<int64_t>(1, threads / c_parts));
+  at::parallel_for(0, c_parts * row_parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t i = part / row_parts, j = part % row_parts;
+      const int64_t c0 = blocks * i / c_parts * block, c1 = std::min(p.c, blocks * (i + 1) / c_parts * block);
+      DepthwiseTask<T> mine = task;
+      mine.panels = reinterpret_cast<float*>(workspace<0>(ceil_div(c1 - c0, block) * block * task.taps * 4));
+      pack(weight, task.taps, c0, c1, mine.panels);
+      kernel(mine, rows * j / row_parts, rows * (j + 1) / row_parts, c0, c1);
+    }
+  });
+}
+
+// The taps that read data somewhere, in passes of at most kDepthwiseTaps, as even as can be.
+struct WgradPasses {
+  std::vector<int64_t> taps, offsets, begin;
+  std::vector<uint32_t> row_masks, column_masks;  // [pass][p], [pass][q]
+
+  explicit WgradPasses(const ConvParams& p) {
+    const RowsAxis h(p.p, p.h, p.r, p.stride_h, p.pad_h, p.dil_h, false);
+    const RowsAxis w(p.q, p.w, p.s, p.stride_w, p.pad_w, p.dil_w, false);
+    const auto live = [](const RowsAxis& axis, int64_t out, int64_t count, int64_t tap) {
+      for (int64_t o = 0; o < out; ++o)
+        if (axis.in[o * count + tap] >= 0) return true;
+      return false;
+    };
+    for (int64_t t = 0; t < p.r * p.s; ++t) {
+      if (!live(h, p.p, p.r, t / p.s) || !live(w, p.q, p.s, t % p.s)) continue;
+      taps.push_back(t);
+      offsets.push_back((t / p.s * p.dil_h * p.w + t % p.s * p.dil_w) * p.c);
+    }
+    const auto count = static_cast<int64_t>(taps.size()), passes = ceil_div(count, kDepthwiseTaps);
+    for (int64_t i = 0; i <= passes; ++i) begin.push_back(passes == 0 ? 0 : count * i / passes);
+    row_masks.assign(passes * p.p, 0), column_masks.assign(passes * p.q, 0);
+    for (int64_t i = 0; i < passes; ++i) {
+      for (int64_t k = begin[i]; k < begin[i + 1]; ++k) {
+        const uint32_t bit = 1u << (k - begin[i]);
+        for (int64_t o = 0; o < p.p; ++o)
+          if (h.in[o * p.r + taps[k] / p.s] >= 0) row_masks[i * p.p + o] |= bit;
+        for (int64_t o = 0; o < p.q; ++o)
+          if (w.in[o * p.s + taps[k] % p.s] >= 0) column_masks[i * p.q + o] |= bit;
+      }
+    }
+  }
+};
+
+}  // namespace
+
+bool depthwise_takes(const ConvParams& p, int64_t element) {
+  return is_depthwise(p) && (element == 4 || element == 2) && active_isa() != Isa::portable && p.n > 0 && p.p > 0 &&
+         p.q > 0;
+}
+
+template <class T, class W>
+void depthwise_forward(const ConvParams& p, const T* x, const W* weight, const RowsEpilogue<T>& e) {
+  run_depthwise<T, W>(p, false, x, weight, e);
+}
+
+template <class T, class W>
+void depthwise_input_grad(const ConvParams& p, const T* dz, const W* weight, const RowsEpilogue<T>& e) {
+  run_depthwise<T, W>(p, true, dz, weight, e);
+}
+
+template <class T, class D>
+void depthwise_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) {
+  const WgradPasses passes(p);
+  const auto count = static_cast<int64_t>(passes.taps.size()), taps = p.r * p.s;
+  const int64_t block = tile_shape<float>().columns, blocks = ceil_div(p.c, block), rows = p.n * p.p;
+  if (count < taps) std::memset(static_cast<void*>(dw), 0, p.c * taps * sizeof(D));
+  if (count == 0) return;
+  // Shares of the rows, by the shape alone, in whole pieces.
+  const int64_t piece = std::max<int64_t>(1, kPiece / p.q), pieces = ceil_div(rows, piece);
+  const int64_t parts = std::min(pieces, std::max<int64_t>(1, kWgradTasks / blocks));
+  const int64_t part = count * block;
+  auto* sums = reinterpret_cast<float*>(workspace<1>(blocks * parts * part * 4));
+  const auto kernel = FASTCONV_VECTORS_PICK(depthwise_wgrad<T>);
+  const double work = static_cast<double>(p.n * p.p * p.q) * p.c * count;
+  const int64_t tasks = blocks * parts,
+                shares = work < kSerialWork ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
+  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = tasks * first / shares; i < tasks * last / shares; ++i) {
+      const int64_t c = i / parts * block, j = i % parts;
+      const int n = static_cast<int>(std::min(block, p.c - c));
+      float* mine = sums + i * part;
+      std::memset(mine, 0, part * 4);
+      DepthwiseWgradTask<T> t{dz,         x,          p.p,     p.q,     p.h,     p.w,     p.c,
+                              p.stride_h, p.stride_w, p.pad_h, p.pad_w, nullptr, nullptr, nullptr};
+      for (int64_t row = pieces * j / parts * piece; row < std::min(rows, pieces * (j + 1) / parts * piece);
+           row += piece) {
+        for (size_t k = 0; k + 1 < passes.begin.size(); ++k) {
+          const int64_t begin = passes.begin[k];
+          t.offsets = &passes.offsets[begin];
+          t.row_mask = &passes.row_masks[k * p.p], t.column_mask = &passes.column_masks[k * p.q];
+          kernel(t, passes.begin[k + 1] - begin, row, std::min(rows, row + piece), c, n, mine + begin * block);
+        }
+      }
+    }
+  });
+  const auto put = FASTCONV_VECTORS_PICK(depthwise_wgrad_put<D>);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int n = static_cast<int>(std::min(block, p.c - b * block));
+    put(sums + b * parts * part, parts, part, passes.taps.data(), count, taps, n, dw + b * block * taps);
+  }
+}
+
+#define FASTCONV_DEPTHWISE(T, W)                                                                           \
+  template void depthwise_forward<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&);    \
+  template void depthwise_input_grad<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&); \
+  template void depthwise_weight_grad<T, W>(const ConvParams&, const T*, const T*, W*);
+FASTCONV_DEPTHWISE(float, float)
+FASTCONV_DEPTHWISE(bf16, bf16)
+FASTCONV_DEPTHWISE(bf16, float)
+
+}  // namespace fastconv::cpu
