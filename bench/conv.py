@@ -1,8 +1,9 @@
 """Convolution + bias + ReLU and convolution + batch norm + ReLU, forward and forward with backward, shape by shape.
 
-Shapes: every distinct convolution of ResNet50 and VGG16. Peers: eager PyTorch in both layouts (on a GPU with
-cudnn.benchmark), and on a GPU cuDNN's own fused convolution + bias + ReLU. FLOPs leave out filter taps over padding;
-bytes are those of each tensor once: input, weight, output, and in the backward the gradients beside them.
+Shapes: every distinct convolution of ResNet50 and VGG16, and the depthwise ones of MobileNetV2. Peers: eager PyTorch in
+both layouts (on a GPU with cudnn.benchmark), and on a GPU cuDNN's own fused convolution + bias + ReLU. FLOPs leave out
+filter taps over padding; bytes are those of each tensor once: input, weight, output, and in the backward the gradients
+beside them.
 """
 
 from __future__ import annotations
@@ -102,15 +103,25 @@ def oracle(op: str, conv: Conv, dtype: torch.dtype, device: torch.device, seed: 
 
 
 def main() -> None:
-    args = arguments(__doc__.split("\n")[0], size={"type": int, "default": 32}, batch={"type": int, "nargs": "*"})
+    args = arguments(
+        __doc__.split("\n")[0], size={"type": int, "default": 32}, batch={"type": int, "nargs": "*"},
+        only={"nargs": "*", "default": [""], "help": "operators, by how their names begin"},
+    )  # fmt: skip
     torch.backends.cudnn.benchmark = True
     bench = Bench("conv", args.out, args.device, args.seconds)
     batches = args.batch or ([4, 64] if args.device.type == "cpu" else [4, 128, 512])
     plan = [("conv_bn_relu fwd+bwd", "resnet50", bn_relu, True), ("conv_bias_relu", "vgg16", bias_relu, False)]
     plan += [("conv_bias_relu", "resnet50", bias_relu, False)]
+    plan += [("depthwise_bn_relu fwd+bwd", "mobilenet_v2", bn_relu, True)]
+    plan += [("depthwise_bias_relu", "mobilenet_v2", bias_relu, False)]
     for op, model, make, backward in plan:
+        if not op.startswith(tuple(args.only)):
+            continue
         for batch in batches:
-            for conv, count in list(convolutions(model, batch, args.size).items())[: 2 if args.quick else None]:
+            found = list(convolutions(model, batch, args.size).items())
+            if op.startswith("depthwise"):
+                found = [(conv, count) for conv, count in found if conv.groups == conv.c]
+            for conv, count in found[: 2 if args.quick else None]:
                 if make is bn_relu and conv.n * conv.p**2 < 2:
                     continue  # one value per channel: batch norm refuses
                 for dtype in args.dtype:

@@ -167,7 +167,7 @@ def add_if_it_runs(found: dict[str, Callable], name: str, make: Callable[[], Cal
             run()
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"{where}: left out of this case: {name}: {reason}", flush=True)
+        print(f"{where}: left out of this case: {name}: {reason[:100]}", flush=True)
     else:
         found[name] = run
 

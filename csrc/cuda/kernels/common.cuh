@@ -89,6 +89,29 @@ struct FastDiv {
   }
 };
 
+// The same for n * d < 2^32, made in the kernel: one 32-bit division, where a FastDiv takes one of 64 bits.
+struct SmallDiv {
+  unsigned d, mul;
+  __device__ __forceinline__ explicit SmallDiv(int divisor)
+      : d(static_cast<unsigned>(divisor)), mul(0xffffffffu / d + 1u) {}  // 0 where d = 1
+  __device__ __forceinline__ void divmod(int n, int& q, int& r) const {
+    q = d == 1 ? n : static_cast<int>(__umulhi(static_cast<unsigned>(n), mul));
+    r = n - q * static_cast<int>(d);
+  }
+};
+
+// n / d and n % d for 0 <= n, in 32 bits where that is enough: a 64-bit division is a hundred instructions.
+__device__ __forceinline__ void divide_rows(int64_t n, int d, int64_t& q, int& r) {
+  if (n <= 0x7fffffff) {
+    const unsigned small = static_cast<unsigned>(n) / static_cast<unsigned>(d);
+    q = small;
+    r = static_cast<int>(static_cast<unsigned>(n) - small * static_cast<unsigned>(d));
+  } else {
+    q = n / d;
+    r = static_cast<int>(n - q * d);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll

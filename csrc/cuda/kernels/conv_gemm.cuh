@@ -29,6 +29,7 @@ struct ConvGemmParams {
   ConvPrologue prologue;
   ConvEpilogue<T> epilogue;
   FastDiv inner;         // by the inner channels: c / groups (fprop), k / groups (dgrad)
+  ConvAxis h, w;         // where there is one stride class; the kernel works out those of several
   int m_tiles, n_tiles;  // of the largest stride class
   int splits;
   int64_t out_elems;  // size of one split's partial sums
@@ -93,14 +94,11 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
   const int cg = g.c / g.groups, kg = g.k / g.groups;
 
   // Geometry of this block's stride class. "in" is the gathered tensor, "out" the written one.
-  ConvAxis ah, aw;
-  if constexpr (Tr::kDgrad) {
+  ConvAxis ah = p.h, aw = p.w;
+  if (Tr::kDgrad && gridDim.y != static_cast<unsigned>(g.groups)) {
     int classes_w = min_int(g.stride_w, g.w);
     ah = dgrad_axis(g.h, g.p, g.r, g.stride_h, g.pad_h, g.dil_h, cls / classes_w);
     aw = dgrad_axis(g.w, g.q, g.s, g.stride_w, g.pad_w, g.dil_w, cls % classes_w);
-  } else {
-    ah = fprop_axis(g.h, g.p, g.r, g.stride_h, g.pad_h, g.dil_h);
-    aw = fprop_axis(g.w, g.q, g.s, g.stride_w, g.pad_w, g.dil_w);
   }
   const int in_channels = Tr::kDgrad ? g.k : g.c, out_channels = Tr::kDgrad ? g.c : g.k;
   const int inner = Tr::kDgrad ? kg : cg, cols = Tr::kDgrad ? cg : kg;
@@ -127,8 +125,11 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
     ConvRow row{-1, 0, 0};
     int64_t out = -1;
     if (m < m_total) {
-      int pos = static_cast<int>(position_major ? m / g.n : m % positions);
-      int n = static_cast<int>(position_major ? m % g.n : m / positions);
+      int64_t quotient;
+      int rest;
+      divide_rows(m, position_major ? g.n : positions, quotient, rest);
+      int pos = position_major ? static_cast<int>(quotient) : rest;
+      int n = position_major ? rest : static_cast<int>(quotient);
       int i = pos / aw.rows, j = pos % aw.rows;
       row.image = static_cast<int64_t>(n) * ah.in_size * aw.in_size * in_channels + static_cast<int64_t>(group) * inner;
       row.h = i * ah.mul + ah.off;
@@ -145,7 +146,11 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
   int i0 = 0, i1 = ah.rows - 1, j0 = 0, j1 = aw.rows - 1;
   if (position_major) {
     int64_t last = m0 + Tr::BM < m_total ? m0 + Tr::BM - 1 : m_total - 1;
-    int pos0 = static_cast<int>(m0 / g.n), pos1 = static_cast<int>(last / g.n);
+    int64_t quotient0, quotient1;
+    int rest;
+    divide_rows(m0, g.n, quotient0, rest);
+    divide_rows(last, g.n, quotient1, rest);
+    const int pos0 = static_cast<int>(quotient0), pos1 = static_cast<int>(quotient1);
     i0 = pos0 / aw.rows, i1 = pos1 / aw.rows;
     if (i0 == i1) j0 = pos0 % aw.rows, j1 = pos1 % aw.rows;
   }
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_gemm_kernel
   aw.live(j0, j1, ts0, ts1);
   const int live_s = ts1 - ts0;
   const int k_total = (tr1 - tr0) * live_s * inner;
-  const FastDiv by_s(max_int(live_s, 1));
+  const SmallDiv by_s(max_int(live_s, 1));
   const int k_tiles = ceil_div(k_total, Tr::BK);
   const int per_split = ceil_div(k_tiles, p.splits);
   const int kt0 = min_int(static_cast<int>(blockIdx.z) * per_split, k_tiles);
@@ -280,6 +285,10 @@ Status run_conv_gemm(ConvGemmParams<typename Tr::T> p, Stream stream) {
   const int classes = Tr::kDgrad ? dgrad_classes(g) : 1;
   const int64_t rows = Tr::kDgrad ? dgrad_class_rows(g) : static_cast<int64_t>(g.n) * g.p * g.q;
   p.inner = FastDiv(Tr::kDgrad ? kg : cg);
+  p.h = Tr::kDgrad ? dgrad_axis(g.h, g.p, g.r, g.stride_h, g.pad_h, g.dil_h, 0)
+                   : fprop_axis(g.h, g.p, g.r, g.stride_h, g.pad_h, g.dil_h);
+  p.w = Tr::kDgrad ? dgrad_axis(g.w, g.q, g.s, g.stride_w, g.pad_w, g.dil_w, 0)
+                   : fprop_axis(g.w, g.q, g.s, g.stride_w, g.pad_w, g.dil_w);
   p.n_tiles = ceil_div(Tr::kDgrad ? cg : kg, Tr::BN);
   p.m_tiles = static_cast<int>(ceil_div64(rows, Tr::BM));
   p.out_elems = static_cast<int64_t>(g.n) *

@@ -135,8 +135,9 @@ Status launch_conv_gemm(const ConvProblem<T>& problem, Stream stream) {
   if (!status.ok()) return status;
   const ConvShape& g = problem.shape;
   const int cg = g.c / g.groups, kg = g.k / g.groups, out_channels = Dgrad ? g.c : g.k;
-  ConvGemmParams<T> p{problem.a,      problem.b, g,    problem.prologue, problem.epilogue, FastDiv(), 0, 0,
-                      problem.splits, 0,         false};
+  ConvGemmParams<T> p{};
+  p.a = problem.a, p.b = problem.b, p.shape = g;
+  p.prologue = problem.prologue, p.epilogue = problem.epilogue, p.splits = problem.splits;
   const bool vec = conv_vec<T, Dgrad>(problem);
   p.vec_out = fits16<T>(Dgrad ? cg : kg) && epilogue_aligned(p.epilogue);
   if (p.splits == 1) p.epilogue.partial = nullptr;
@@ -187,7 +188,8 @@ Status launch_conv_wgrad(const ConvProblem<T>& problem, Stream stream) {
   if (problem.tile < 0 || problem.tile >= kWgradTileCount) return {"conv_wgrad: tile must be in [0, 2)"};
   const ConvShape& g = problem.shape;
   const int cg = g.c / g.groups;
-  ConvWgradParams<T> p{problem.a, problem.b, g, problem.epilogue, 0, problem.splits, 0, false};
+  ConvWgradParams<T> p{};
+  p.dy = problem.a, p.x = problem.b, p.shape = g, p.epilogue = problem.epilogue, p.splits = problem.splits;
   if (p.splits == 1) p.epilogue.partial = nullptr;
   bool vec_a = fits16<T>(g.k / g.groups) && aligned16(p.dy), vec_b = fits16<T>(cg) && aligned16(p.x);
   p.vec_out = fits16<T>(g.r * g.s * cg) && epilogue_aligned(p.epilogue);

@@ -23,6 +23,7 @@ struct ConvWgradParams {
   const T* x;
   ConvShape shape;
   ConvEpilogue<T> epilogue;  // out = dw, or partial
+  FastDiv by_p, by_q;        // by the output's sizes
   int n_tiles;
   int splits;
   int64_t out_elems;
@@ -80,7 +81,9 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kMinBlocks) conv_wgrad_kerne
   const int q1 = min_int(g.q - 1, floor_div(g.w - 1 + g.pad_w - s0 * g.dil_w, g.stride_w));
   const int np = max_int(p1 - p0 + 1, 0), nq = max_int(q1 - q0 + 1, 0);
   const int64_t k_total = static_cast<int64_t>(g.n) * np * nq;
-  const FastDiv by_q(max_int(nq, 1)), by_p(max_int(np, 1));
+  // Most tiles use all positions; a divisor of their own costs the others a 64-bit division.
+  const FastDiv by_q = nq == g.q ? p.by_q : FastDiv(max_int(nq, 1)),
+                by_p = np == g.p ? p.by_p : FastDiv(max_int(np, 1));
   const int k_tiles = static_cast<int>(ceil_div64(k_total, Tr::BK));
   const int per_split = ceil_div(k_tiles, p.splits);
   const int kt0 = min_int(static_cast<int>(blockIdx.z) * per_split, k_tiles);
@@ -163,6 +166,7 @@ template <class Tr>
 Status run_conv_wgrad(ConvWgradParams<typename Tr::T> p, Stream stream) {
   const ConvShape& g = p.shape;
   const int cg = g.c / g.groups, kg = g.k / g.groups;
+  p.by_p = FastDiv(g.p), p.by_q = FastDiv(g.q);
   p.n_tiles = ceil_div(g.r * g.s * cg, Tr::BN);
   int64_t tiles = static_cast<int64_t>(ceil_div(kg, Tr::BM)) * p.n_tiles;
   p.out_elems = static_cast<int64_t>(g.k) * g.r * g.s * cg;
