@@ -150,7 +150,7 @@ def tune(
             with _policy(tuning, False, again, seconds):
                 _steps(fused, input, target, modes, dtypes)
             store = choice.store_of(input.device)
-            covered = {c: choice._covers(store.get(c) or {"ms": {}}, names) for c, names in tuning.names.items()}
+            covered = {c: choice.covers(c, store.get(c) or {"ms": {}}, n, True) for c, n in tuning.names.items()}
             missing = [c for c in covered if again or not covered[c]]
             done = progress(len(missing)) if progress is not None else None
             with _policy(tuning, True, again, seconds, done):

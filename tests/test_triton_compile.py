@@ -75,6 +75,14 @@ def test_sm_90_pointwise_convolution_is_pipelined_tma_and_wgmma(op):
     assert tool.resources(compiled).local == 0
 
 
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+def test_channels_in_eights_are_copied_16_bytes_at_a_time(op):
+    compiled = pick(recorded(torch.bfloat16), 90, op, " 1x1 of eights bfloat16 ").compile(90)
+    ptx = compiled.asm["ptx"]
+    assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx) and "ld.global.b16" not in ptx
+    assert tool.resources(compiled).local == 0, "spills"
+
+
 def test_prologue_and_epilogue_do_not_spill():
     variants = recorded(torch.float16)
     for words in ("prologue", "residual"):

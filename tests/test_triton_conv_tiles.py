@@ -145,6 +145,22 @@ def test_pointwise_by_descriptors(shape, monkeypatch):
     torch.testing.assert_close(mean.cpu(), y.float().cpu().mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_residual_halves_the_largest_tiles(monkeypatch):
+    """Its values and a 128x128 accumulator do not fit a thread's registers together; the result is the same."""
+    from fastconv.triton.conv_config import Tile
+
+    conv2d, a, x, w, g, *_ = setup("pointwise")
+    columns, real = [], conv2d.launch
+    monkeypatch.setattr(conv2d, "launch", lambda *args, **how: columns.append(how["BLOCK_N"]) or real(*args, **how))
+    y, plain = torch.empty_like(g), torch.empty_like(g)
+    for tile, width in ((Tile(128, 128, 16, 2), 64), (Tile(128, 64, 16, 2), 64)):
+        conv2d.fprop(x, w, plain, a, tile)
+        conv2d.fprop(x, w, y, a, tile, residual=g)
+        assert columns == [tile.columns, width]
+        torch.testing.assert_close(y, plain + g)
+        columns.clear()
+
+
 def test_descriptors_give_way_where_they_do_not_fit(monkeypatch):
     """A map that does not begin at 16 bytes, and a prologue, go to the gathering kernel and are right."""
     from fastconv.triton import conv2d

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_triton_tolerance import DEVICE, DTYPES, check, image, leaves, require_triton
 
-from fastconv.triton import impl
+from fastconv.triton import impl, limits
 
 require_triton()
 
@@ -125,6 +125,13 @@ def test_every_adaptive_window_is_summed_whole():
             g = torch.ones_like(y)
             dx = impl("adaptive_avg_pool2d_backward")(g, (size, 1), True)
             torch.testing.assert_close(dx, torch.ops.aten._adaptive_avg_pool2d_backward(g, x))
+
+
+def test_adaptive_windows_past_32_bits_are_refused():
+    """The ends of a window are position * size / windows."""
+    for shape, windows in (((1, 1, 70000, 1), (35001, 1)), ((1, 1, 1, 70000), (1, 35001))):
+        assert "rows times windows" in limits.limit("adaptive_avg_pool2d", (shape,), (windows,), (True,))
+    assert limits.limit("adaptive_avg_pool2d", ((1, 1, 30000, 40000),), ((50000, 40000),), (True,)) == ""
 
 
 def test_pools_of_an_empty_batch():

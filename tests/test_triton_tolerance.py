@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastconv import triton as backend
 
@@ -80,3 +81,11 @@ def test_backend_says_why():
         assert backend.cannot_run("avg_pool2d", (fine.to_sparse(),)) == "layout torch.sparse_coo is not supported"
     with pytest.raises(KeyError):
         backend.impl("conv3d")
+
+
+def test_tensors_of_two_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    with FakeTensorMode():
+        x, w = torch.empty(1, 8, 4, 4, device="cuda:0"), torch.empty(8, device="cuda:1")
+        assert backend.cannot_run("conv2d_bias_act", (x, None, w)) == "tensors are on cuda:0 and cuda:1"
+        assert backend.cannot_run("conv2d_bias_act", (x, None, x)) == ""

@@ -144,7 +144,8 @@ def meta_image(n, c, h, w, dtype) -> torch.Tensor:
 
 
 def record_convolutions(label: Callable, dtype: torch.dtype, tiles: str = "chosen") -> None:
-    """ResNet50's kinds of convolution at batch 128, 32 pixels; ``tiles``: the chosen one, or all candidates."""
+    """ResNet50's kinds of convolution at batch 128, 32 pixels, and one whose channels are multiples of 8 but not of 16;
+    ``tiles``: the chosen one, or all candidates."""
     from fastconv.triton import conv2d
     from fastconv.triton.conv_config import candidates
 
@@ -153,7 +154,7 @@ def record_convolutions(label: Callable, dtype: torch.dtype, tiles: str = "chose
         name += " " + conv2d.precision(dtype)
     for kind, c, size, k, taps, stride in (
         ("1x1", 256, 8, 64, 1, 1), ("3x3", 64, 8, 64, 3, 1), ("3x3 on 2x2", 256, 2, 256, 3, 1),
-        ("3x3 stride 2", 128, 8, 128, 3, 2), ("stem 7x7", 3, 32, 64, 7, 2),
+        ("3x3 stride 2", 128, 8, 128, 3, 2), ("stem 7x7", 3, 32, 64, 7, 2), ("1x1 of eights", 24, 32, 136, 1, 1),
     ):  # fmt: skip
         x, w = meta_image(128, c, size, size, dtype), meta_image(k, c, taps, taps, dtype)
         pad = (taps // 2, taps // 2)

@@ -1,6 +1,6 @@
 // The convolution itself: chooses the algorithm by shape.
 //
-// fastconv's own engines (conv_rows.h, conv_depthwise.h) run where they were measured to be faster than oneDNN; what is
+// fastconv's own engines (conv_rows.h, conv_grouped.h) run where they were measured to be faster than oneDNN; what is
 // left goes to ATen, that is oneDNN or ATen's own loops, after the taps that read padding alone are cut off the filter.
 
 #include "conv2d.h"
@@ -123,9 +123,9 @@ bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
   return (type == at::kFloat || type == at::kBFloat16) && rows_worthwhile(p, x.element_size(), pass);
 }
 
-bool conv_uses_depthwise(const ConvParams& p, const at::Tensor& x) {
+bool conv_uses_grouped(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
   const at::ScalarType type = x.scalar_type();
-  return (type == at::kFloat || type == at::kBFloat16) && depthwise_takes(p, x.element_size());
+  return (type == at::kFloat || type == at::kBFloat16) && grouped_worthwhile(p, x.element_size(), pass);
 }
 
 namespace {
@@ -133,14 +133,14 @@ namespace {
 // Whether one of fastconv's engines has computed it. Dense NHWC tensors, addend undefined or one.
 bool engine_input_grad(const ConvParams& p, const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& addend,
                        const at::Tensor& dx) {
-  const bool depthwise = conv_uses_depthwise(p, dx);
-  if (!depthwise && !conv_uses_rows(p, dx, ConvPass::input_grad)) return false;
+  const bool grouped = conv_uses_grouped(p, dx, ConvPass::input_grad);
+  if (!grouped && !conv_uses_rows(p, dx, ConvPass::input_grad)) return false;
   with_types(dx, weight, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
     using W = typename decltype(wide)::type;
     const RowsEpilogue<T> e{data<T>(dx), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr};
-    if (depthwise) {
-      depthwise_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), e);
+    if (grouped) {
+      grouped_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), e);
     } else {
       rows_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), nullptr, e);
     }
@@ -150,13 +150,13 @@ bool engine_input_grad(const ConvParams& p, const at::Tensor& dy, const at::Tens
 
 // dw: of the input's dtype, or fp32.
 bool engine_weight_grad(const ConvParams& p, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& dw) {
-  const bool depthwise = conv_uses_depthwise(p, x);
-  if (!depthwise && !conv_uses_rows(p, x, ConvPass::weight_grad)) return false;
+  const bool grouped = conv_uses_grouped(p, x, ConvPass::weight_grad);
+  if (!grouped && !conv_uses_rows(p, x, ConvPass::weight_grad)) return false;
   with_types(x, dw, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
     using D = typename decltype(wide)::type;
-    if (depthwise) {
-      depthwise_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
+    if (grouped) {
+      grouped_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
     } else {
       rows_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
     }
@@ -191,8 +191,8 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
   if (p.n == 0) return made();
   const at::Tensor x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor out;
-  const bool depthwise = conv_uses_depthwise(p, x);
-  if (depthwise || conv_uses_rows(p, x, ConvPass::forward)) {
+  const bool grouped = conv_uses_grouped(p, x, ConvPass::forward);
+  if (grouped || conv_uses_rows(p, x, ConvPass::forward)) {
     out = made();
     with_types(x, w, [&](auto tag, auto wide) {
       using T = typename decltype(tag)::type;
@@ -205,8 +205,8 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
                                const_data<float>(e.shift),
                                e.act,
                                const_data<float>(e.mean)};
-      if (depthwise) {
-        depthwise_forward<T>(p, const_data<T>(x), const_data<W>(w), to);
+      if (grouped) {
+        grouped_forward<T>(p, const_data<T>(x), const_data<W>(w), to);
       } else {
         rows_forward<T>(p, const_data<T>(x), const_data<W>(w), e.packed, to);
       }
@@ -243,12 +243,12 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
   }
   const at::Tensor dy = nhwc(grad_output), x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor dx, dw;
-  const bool depthwise = conv_uses_depthwise(p, x);
-  if (output_mask[0] && (depthwise || conv_uses_rows(p, x, ConvPass::input_grad))) {
+  const auto engine = [&](ConvPass pass) { return conv_uses_grouped(p, x, pass) || conv_uses_rows(p, x, pass); };
+  if (output_mask[0] && engine(ConvPass::input_grad)) {
     dx = empty_nhwc(x.sizes(), x.options(), format_x);
     output_mask[0] = !engine_input_grad(p, dy, w, {}, dx);
   }
-  if (output_mask[1] && (depthwise || conv_uses_rows(p, x, ConvPass::weight_grad))) {
+  if (output_mask[1] && engine(ConvPass::weight_grad)) {
     dw = at::empty(w.sizes(), w.options(), kLast);
     output_mask[1] = !engine_weight_grad(p, dy, x, dw);
   }

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "../host/conv2d_check.h"
-#include "conv_depthwise.h"
+#include "conv_grouped.h"
 #include "conv_rows.h"
 #include "host.h"
 
@@ -39,8 +39,8 @@ void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const a
 // Whether the engine of conv_rows.h computes this pass; it alone takes packed weights and hands gradients on in blocks.
 bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass);
 
-// Whether the kernels of conv_depthwise.h compute this convolution.
-bool conv_uses_depthwise(const ConvParams& p, const at::Tensor& x);
+// Whether the kernels of conv_grouped.h compute this pass.
+bool conv_uses_grouped(const ConvParams& p, const at::Tensor& x, ConvPass pass);
 
 // Calls `run` with a tag of the elements' type, fp32 or bf16.
 template <class F>

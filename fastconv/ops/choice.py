@@ -243,7 +243,8 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
     if measured.policy is not None and not getattr(measured.thread, "explaining", False):
         measured.policy.visit(op, call, names)
     entry = store_of(device).get(call)
-    if entry is None or again(call) or not _covers(entry, names):
+    tuning = measured.policy is not None and measured.policy.measure
+    if entry is None or again(call) or not covers(call, entry, names, tuning):
         wanted = measured.policy.measure if measured.policy is not None else wish == "1" or device.type == "cuda"
         why = unsettled(tensors) if wanted else ""
         if wanted and not why and getattr(measured.thread, "explaining", False):
@@ -252,7 +253,7 @@ def _decide(op: str, tensors: tuple[Tensor | None, ...], settings: tuple, limit:
         if wanted and not why:
             entry, why = _measured(op, call, names, run, tensors, settings)
             settled = True
-        if entry is None or not _covers(entry, names):
+        if entry is None or not covers(call, entry, names):
             backend = agreed(device, call, able[0], names) if settled else able[0]
             told = why or "this class of calls was not measured (python -m fastconv tune, or FASTCONV_TUNE=1)"
             return Decision(
@@ -274,7 +275,13 @@ def winner(ms: dict[str, list[float]]) -> str:
     return next(name for name in order if sum(ms[name]) <= TIE * least)
 
 
-def _covers(entry: dict, names: Sequence[str]) -> bool:
+def covers(call: str, entry: dict, names: Sequence[str], tuning: bool = False) -> bool:
+    """Whether ``entry`` has a time of ``call``, and a time or a reason for each of ``names``.
+
+    tuning: also whether the tiles of a Triton convolution were measured for it, as at a call's first use they are not.
+    """
+    if tuning and call.startswith("conv2d") and "triton" in names and not entry.get("tuned"):
+        return False
     return set(names) <= set(entry["ms"]) | set(entry.get("failed", {})) and bool(entry["ms"])
 
 
@@ -284,13 +291,14 @@ def _measured(
     """(the entry, "") of a measurement made now, or (None, the reason why there is none)."""
     with _measuring:  # one at a time: two would time each other
         store = store_of(tensors[0].device)
-        replace = again(call)
-        entry = None if replace else store.get(call)  # another thread may have been first
-        if entry is not None and _covers(entry, names):
+        tuning = measured.policy is not None
+        entry = None if again(call) else store.get(call)  # another thread may have been first
+        if entry is not None and covers(call, entry, names, tuning):
             return entry, ""
         try:
-            seconds = None if measured.policy is None else measured.policy.seconds
-            with conv_config.tuning(measured.policy is not None):
+            seconds = measured.policy.seconds if tuning else None
+            # On CUDA a backward would run in the device's own thread, which the tiles' flag does not reach.
+            with conv_config.tuning(tuning), torch.autograd.set_multithreading_enabled(False):
                 result = measure(op, names, run, tensors, settings, seconds)
         except RuntimeError as error:  # stock PyTorch itself cannot run the copies: out of memory, most likely
             why = f"measuring it failed: {error}".splitlines()[0]
@@ -298,8 +306,11 @@ def _measured(
             return None, why
         log.info("measured in %.2f s: %s: %s", result.seconds, call, result.ms)
         entry = {"ms": result.ms, **({"failed": result.failed} if result.failed else {})}
-        entry = store.put(call, entry, replace=replace)
-        if measured.policy is not None:
+        if tuning:
+            entry["tuned"] = True
+        # What stands there was asked for again, or may be from before the tiles were tuned: times of other kernels.
+        entry = store.put(call, entry, replace=tuning)
+        if tuning:
             measured.policy.fresh.add(call)
             measured.policy.done(call, result)
         return entry, ""
@@ -315,7 +326,7 @@ def _pick(op: str, device: str, index: int | None, able: tuple, specs: tuple | N
     call = keys.class_of(op, specs, settings)
     entry = store_of(place).get(call)
     names = [*able, "aten"]
-    if entry is None or not _covers(entry, names):
+    if entry is None or not covers(call, entry, names):
         return first
     return agreed(place, call, winner({n: entry["ms"][n] for n in names if n in entry["ms"]}), names)
 

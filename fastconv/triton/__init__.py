@@ -69,11 +69,16 @@ def cannot_run(op: str, tensors: tuple[Tensor | None, ...]) -> str:
     if op not in _MODULES:
         return f"there is no Triton kernel of {op}"
     device = "cpu" if interpreting() else "cuda"
+    first = None
     for t in tensors:
         if t is None:
             continue
         if t.device.type != device:
             return f"a tensor is on {t.device.type}, the kernels run on {device}"
+        if first is None:
+            first = t.device
+        if t.device != first:
+            return f"tensors are on {first} and {t.device}"
         if t.is_floating_point() and t.dtype not in _DTYPES:
             return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported"
         if t.layout is not torch.strided:

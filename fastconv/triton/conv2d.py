@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,6 +63,11 @@ def _geometry(a: Problem) -> dict[str, int]:
     return dict(zip(names, (a.r, a.s, *a.stride, *a.padding, *a.dilation), strict=True))
 
 
+def _eights(a: Problem) -> bool:
+    """Whether the kernels have to be told that channels come in eights; of sixteens the compiler knows itself."""
+    return a.cg % 8 == 0 and a.kg % 8 == 0 and (a.cg % 16 != 0 or a.kg % 16 != 0)
+
+
 def row_tiles(a: Problem, tile: Tile, places: int) -> int:
     return cdiv(a.n, tile.rows) * places if tile.positions else cdiv(a.n * places, tile.rows)
 
@@ -99,6 +105,9 @@ def fprop(
     scale, shift: [K]. prologue: (scale [C], shift [C], activation) applied to x. statistics: partials with
     ``row_tiles(a, tile, p * q)`` parts, filled with those of y.
     """
+    if residual is not None and tile.rows * tile.columns >= 128 * 128:
+        # Its values need registers beside the accumulator's: a tile that size spills up to 208 bytes per thread.
+        tile = replace(tile, columns=tile.columns // 2)
     if tile.descriptors and prologue is None:
         epilogue = (preact, residual, scale, shift, activation, statistics)
         if _pointwise(x, weight, y, tile, False, *epilogue):
@@ -109,7 +118,7 @@ def fprop(
         conv_gather_kernel, (row_tiles(a, tile, a.p * a.q) * cdiv(a.kg, tile.columns), 1, a.groups),
         x, weight, y, preact, residual, scale, shift, in_scale, in_shift, *(statistics or (None, None, None)),
         a.n, a.h, a.w, a.c, a.p, a.q, a.k, a.cg, a.kg, 1, taps * a.cg, a.cg, a.kg * taps * a.cg,
-        **_geometry(a), RSTEP=1, SSTEP=1, DGRAD=False, POSITIONS=tile.positions, FLAT=a.flat,
+        **_geometry(a), RSTEP=1, SSTEP=1, DGRAD=False, POSITIONS=tile.positions, FLAT=a.flat, EIGHTS=_eights(a),
         WIDE=max(x.numel(), y.numel()) > INT32_ELEMENTS, ACT=activation, IN_ACT=in_act, PRECISION=precision(x.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.chunk, num_warps=WARPS, num_stages=tile.stages,
     )  # fmt: skip
@@ -127,7 +136,7 @@ def dgrad(dy: Tensor, weight: Tensor, dx: Tensor, a: Problem, tile: Tile) -> Non
         (row_tiles(a, tile, places) * cdiv(a.cg, tile.columns), a.stride[0] * a.stride[1], a.groups),
         dy, weight, dx, *[None] * 9,
         a.n, a.p, a.q, a.k, a.h, a.w, a.c, a.kg, a.cg, taps * a.cg, 1, a.cg, a.kg * taps * a.cg,
-        **_geometry(a), RSTEP=rstep, SSTEP=sstep, DGRAD=True, POSITIONS=tile.positions, FLAT=False,
+        **_geometry(a), RSTEP=rstep, SSTEP=sstep, DGRAD=True, POSITIONS=tile.positions, FLAT=False, EIGHTS=_eights(a),
         WIDE=max(dy.numel(), dx.numel()) > INT32_ELEMENTS, ACT="identity", IN_ACT="identity",
         PRECISION=precision(dy.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.chunk, num_warps=WARPS, num_stages=tile.stages,
@@ -145,7 +154,8 @@ def wgrad(dy: Tensor, x: Tensor, dw: Tensor, a: Problem, tile: Tile) -> None:
         conv_wgrad_kernel,
         (cdiv(a.kg, tile.rows) * cdiv(columns, tile.columns), 1 if a.flat else taps, tile.splits * a.groups),
         dy, x, out, a.n, a.h, a.w, a.c, a.p, a.q, a.k, a.cg, a.kg, tile.splits, dw.numel(),
-        **_geometry(a), FLAT=a.flat, WIDE=max(dy.numel(), x.numel()) > INT32_ELEMENTS, PRECISION=precision(dy.dtype),
+        **_geometry(a), FLAT=a.flat, WIDE=max(dy.numel(), x.numel()) > INT32_ELEMENTS, EIGHTS=_eights(a),
+        PRECISION=precision(dy.dtype),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.chunk, num_warps=WARPS, num_stages=tile.stages,
     )  # fmt: skip
     if tile.splits > 1:

@@ -259,6 +259,7 @@ def candidates(op: str, problem: Problem, sms: int = _SMS_DEFAULT, shared: int =
 
 
 _chosen: dict[tuple, Tile] = {}
+_tuned: set[tuple] = set()  # keys of _chosen that a tuning run decided: it need not look again
 _thread = threading.local()
 
 
@@ -275,6 +276,7 @@ def tuning(wanted: bool) -> Iterator[None]:
 def forget() -> None:
     """Drops the tiles chosen so far: what decides them has changed."""
     _chosen.clear()
+    _tuned.clear()
 
 
 def choose(op: str, problem: Problem, like: torch.Tensor) -> Tile:
@@ -285,7 +287,7 @@ def choose(op: str, problem: Problem, like: torch.Tensor) -> Tile:
     key = (op, problem, like.dtype, like.device.index, torch.are_deterministic_algorithms_enabled())
     wanted = getattr(_thread, "tuning", False)
     tile = _chosen.get(key)
-    if tile is not None and not wanted:
+    if tile is not None and (not wanted or key in _tuned):
         return tile
     from .. import _measured as measured
     from . import conv_tune
@@ -298,4 +300,6 @@ def choose(op: str, problem: Problem, like: torch.Tensor) -> Tile:
             tile = conv_tune.tune(op, problem, like)
     tile = tile or candidates(op, problem, *device_limits(like.device.index))[0]
     _chosen[key] = tile
+    if wanted:
+        _tuned.add(key)
     return tile

@@ -104,10 +104,20 @@ def conv_gather_kernel(
     CG, KG, W_RED, W_OUT, W_TAP, W_GROUP,  # channels per group: gathered, written; strides of the weight
     R: tl.constexpr, S: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, RSTEP: tl.constexpr, SSTEP: tl.constexpr,
-    DGRAD: tl.constexpr, POSITIONS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    DGRAD: tl.constexpr, POSITIONS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr,
     ACT: tl.constexpr, IN_ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    if EIGHTS:
+        # Multiples of 8, which the compiler sees here: of an argument it knows no more than divisibility by 16, and
+        # without any it loads 2-byte elements one by one and spills their addresses.
+        C, CG, K, KG = C // 8 * 8, CG // 8 * 8, K // 8 * 8, KG // 8 * 8
+        W_TAP = W_TAP // 8 * 8
+        W_GROUP = W_GROUP // 8 * 8
+        if DGRAD:
+            W_RED = W_RED // 8 * 8
+        else:
+            W_OUT = W_OUT // 8 * 8
     column_tiles = tl.cdiv(KG, BLOCK_N)
     pid_m = tl.program_id(0) // column_tiles
     cols = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)

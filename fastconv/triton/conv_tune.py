@@ -24,6 +24,7 @@ from .conv_config import Problem, Tile, candidates, device_limits
 log = logging.getLogger("fastconv")
 
 _ROUNDS, _REPEATS = 5, 10
+_HEAD_START = 4_000_000  # cycles, some 2 ms: longer than it takes the host to launch a round
 # Relative RMS error of a right result: its rounding to the dtype (half a unit: 2^-11 / sqrt(3) in fp16), with room for
 # fp32 sums in any order; TF32 multiplies with 11 bits. The largest error may be this much times 16.
 _RIGHT = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 3e-3}
@@ -31,10 +32,10 @@ _EXACT = 3e-5
 
 
 def name_of(tile: Tile) -> str:
-    splits = f"/{tile.splits}" if tile.splits > 1 else ""
+    """Without the splits: they follow from the shape and the exact batch, which :func:`class_of` rounds."""
     order = " positions" if tile.positions else ""
     tma = " tma" if tile.descriptors else ""
-    return f"{tile.rows}x{tile.columns}x{tile.chunk}{splits} s{tile.stages}{order}{tma}"
+    return f"{tile.rows}x{tile.columns}x{tile.chunk} s{tile.stages}{order}{tma}"
 
 
 def class_of(op: str, a: Problem, dtype: torch.dtype) -> str:
@@ -110,6 +111,9 @@ class _Trial:
         least = float("inf")
         for _ in range(_ROUNDS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The device waits until the whole round is in its queue: a small kernel takes less than its launch, and
+            # the time between the events would be the host's.
+            torch.cuda._sleep(_HEAD_START)
             start.record()
             for _ in range(_REPEATS):
                 self.run(tile)
@@ -122,7 +126,8 @@ class _Trial:
 def tune(op: str, a: Problem, like: Tensor) -> Tile:
     """Measures all candidates of ``op`` ("fprop", "dgrad", "wgrad") in ``like``'s dtype and on its device, keeps the
     times and returns the fastest. Raises RuntimeError where none is right."""
-    with measured.on(like.device):
+    # Normal tensors, whatever the call's are: the check takes gradients, which inference tensors cannot have.
+    with measured.on(like.device), torch.inference_mode(False):
         entry = _times(op, a, like)
     key = class_of(op, a, like.dtype)
     measured.store_of(like.device).put(key, entry, replace=True)

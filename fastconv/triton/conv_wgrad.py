@@ -32,9 +32,11 @@ def _positions(tap, SIZE, OUT, ST: tl.constexpr, PAD: tl.constexpr, DIL: tl.cons
 def conv_wgrad_kernel(
     dy_ptr, x_ptr, dw_ptr, N, H, W, C, P, Q, K, CG, KG, SPLITS, WEIGHTS,
     R: tl.constexpr, S: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    if EIGHTS:  # as in conv_gather.py
+        C, CG, K, KG = C // 8 * 8, CG // 8 * 8, K // 8 * 8, KG // 8 * 8
     columns = R * S * CG if FLAT else CG
     column_tiles = tl.cdiv(columns, BLOCK_N)
     k = (tl.program_id(0) // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

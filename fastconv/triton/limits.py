@@ -43,12 +43,14 @@ def limit(op: str, shapes: Sequence[Sequence[int]], settings: Sequence, grads: S
         return _first(("rows", math.prod(x) // max(x[1], 1), _MOST), _channels(x[1]))
     if "pool" in op:
         n, c, h, w = x if len(x) == 4 else (1, *x)
+        windows = 0
         if op == "adaptive_avg_pool2d":
             p, q = settings[0]
+            windows = max((h + 1) * (p + 1), (w + 1) * (q + 1))  # a window's ends are position * size / windows
         else:
             (sh, sw), (ph, pw) = settings[1:3]
             p, q = (h + 2 * ph) // sh + 1, (w + 2 * pw) // sw + 1
-        return _first(("rows", n * max(h * w, p * q), _MOST), _channels(c))
+        return _first(("rows", n * max(h * w, p * q), _MOST), ("rows times windows", windows, _MOST), _channels(c))
     return _conv2d(x, shapes[1], settings, grads)
 
 

@@ -1,5 +1,5 @@
-// What the host side (conv_depthwise.cpp) and the kernels (conv_depthwise.h) of the depthwise convolution tell each
-// other. Torch-free, no instruction set, raw pointers only: the host owns the arrays.
+// What the host side (conv_grouped.cpp) and the kernels (conv_grouped.h) of the convolution in narrow groups
+// tell each other. Torch-free, no instruction set, raw pointers only: the host owns the arrays.
 #pragma once
 
 #include <cstdint>
@@ -9,47 +9,47 @@
 namespace fastconv::cpu {
 
 // Output columns out, out + step, ... of a row, `count` of them, that read the same filter columns.
-struct DepthwiseRun {
+struct GroupedRun {
   int64_t out, step, count;
 };
 
 // An output row: which run of rows it belongs to, and how many input elements behind the run's first row it reads.
-struct DepthwiseRow {
+struct GroupedRow {
   int64_t run, in;
 };
 
 // A tap of the filter at the first output of a run of rows and a run of columns: the input element that it reads, from
 // the start of the image, and its place in a panel.
-struct DepthwiseRead {
+struct GroupedRead {
   int64_t in, panel;
 };
 
-constexpr int64_t kDepthwiseSide = 4;  // outputs that are summed side by side
+constexpr int64_t kGroupedSide = 4;  // outputs that are summed side by side
 
 // One thread's share of a forward pass (input x, output y) or a data gradient (input dz, output dx).
 template <class T>
-struct DepthwiseTask {
+struct GroupedTask {
   const T* input;  // [n][input image]
   RowsEpilogue<T> epilogue;
-  const DepthwiseRow* rows;  // [out_h]
-  const DepthwiseRun* runs;  // of columns
+  const GroupedRow* rows;  // [out_h]
+  const GroupedRun* runs;  // of columns
   int64_t n_runs;
-  const DepthwiseRead* reads;  // of row run a and column run b: [read_begin[i], read_begin[i + 1]), i = a * n_runs + b
+  const GroupedRead* reads;  // of row run a and column run b: [read_begin[i], read_begin[i + 1]), i = a * n_runs + b
   const int64_t* read_begin;
   int64_t step;        // input elements from one output column of a run to the next
-  int64_t n, at_once;  // images; how many of them, 1 or kDepthwiseSide, are worked on together
+  int64_t n, at_once;  // images; how many of them, 1 or kGroupedSide, are worked on together
   int64_t in_image;    // elements
   int64_t out_h, out_w, channels;
-  int64_t taps;
-  float* panels;  // of this thread: the weights of its channels, [block][tap][tile columns]
+  int64_t block;  // elements of a panel
+  float* panels;  // of this thread: the weights of its channels, [block][tap][channel of the group][tile columns]
 };
 
-// Taps of the weight gradient that are summed in one pass over dz and x: accumulators and what they need fill 32
-// registers.
-constexpr int64_t kDepthwiseTaps = 9;
+// Taps of the weight gradient that are summed in one pass over dz and x: with two vectors of each of a group's channels
+// 16 or 18 sums, which with what they need fill 32 registers.
+constexpr int grouped_taps(int group) { return group == 1 ? 9 : (group < 8 ? 8 / group : 1); }
 
 template <class T>
-struct DepthwiseWgradTask {
+struct GroupedWgradTask {
   const T *dz, *x;  // [n][p][q][channels], [n][h][w][channels]
   int64_t p, q, h, w, channels;
   int64_t stride_h, stride_w, pad_h, pad_w;

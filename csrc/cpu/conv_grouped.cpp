@@ -1,17 +1,18 @@
-// Host side of the depthwise convolution: tables of what each output reads, threads, workspace.
+// Host side of the convolution in narrow groups: tables of what each output reads, threads, workspace.
 
-#include "conv_depthwise.h"
+#include "conv_grouped.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "conv_rows_host.h"
 
 #define FASTCONV_KERNELS_BF16
-#define FASTCONV_KERNELS "kernels/conv_depthwise_kernels.h"
+#define FASTCONV_KERNELS "kernels/conv_grouped_kernels.h"
 #include "foreach_isa.h"
 
 namespace fastconv::cpu {
@@ -28,7 +29,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Outputs of one axis that read the same taps, each the inputs of the one before it, `mul` further.
 struct Runs {
-  std::vector<DepthwiseRun> runs;
+  std::vector<GroupedRun> runs;
   std::vector<int64_t> run_of, index;  // by output
   int64_t mul;
 
@@ -53,14 +54,14 @@ struct Runs {
 };
 
 // What every output reads.
-struct DepthwisePlan {
-  std::vector<DepthwiseRow> rows;
-  std::vector<DepthwiseRun> runs;
-  std::vector<DepthwiseRead> reads;
+struct GroupedPlan {
+  std::vector<GroupedRow> rows;
+  std::vector<GroupedRun> runs;
+  std::vector<GroupedRead> reads;
   std::vector<int64_t> read_begin{0};
   int64_t step;
 
-  DepthwisePlan(const ConvParams& p, bool transposed, int64_t block) {
+  GroupedPlan(const ConvParams& p, bool transposed, int64_t panel) {  // elements of one tap in it
     const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
     const int64_t in_h = transposed ? p.p : p.h, in_w = transposed ? p.q : p.w;
     const RowsAxis h(out_h, in_h, p.r, p.stride_h, p.pad_h, p.dil_h, transposed);
@@ -69,11 +70,11 @@ struct DepthwisePlan {
     for (int64_t o = 0; o < out_h; ++o)
       rows.push_back({rows_of.run_of[o], rows_of.index[o] * rows_of.mul * in_w * p.c});
     runs = columns_of.runs, step = columns_of.mul * p.c;
-    for (const DepthwiseRun& a : rows_of.runs) {
-      for (const DepthwiseRun& b : runs) {
+    for (const GroupedRun& a : rows_of.runs) {
+      for (const GroupedRun& b : runs) {
         for (int64_t t = 0; t < p.r * p.s; ++t) {
           const int64_t y = h.in[a.out * p.r + t / p.s], x = w.in[b.out * p.s + t % p.s];
-          if (y >= 0 && x >= 0) reads.push_back({(y * in_w + x) * p.c, t * block});
+          if (y >= 0 && x >= 0) reads.push_back({(y * in_w + x) * p.c, t * panel});
         }
         read_begin.push_back(static_cast<int64_t>(reads.size()));
       }
@@ -81,23 +82,24 @@ struct DepthwisePlan {
   }
 };
 
-template <class T, class W>
-void run_depthwise(const ConvParams& p, bool transposed, const T* input, const W* weight, const RowsEpilogue<T>& e) {
+template <class T, class W, int G>
+void run_grouped(const ConvParams& p, bool transposed, const T* input, const W* weight, const RowsEpilogue<T>& e) {
   const int64_t block = tile_shape<float>().columns, blocks = ceil_div(p.c, block);
-  const DepthwisePlan plan(p, transposed, block);
-  DepthwiseTask<T> task{};
+  const GroupedPlan plan(p, transposed, G * block);
+  GroupedTask<T> task{};
   task.input = input, task.epilogue = e;
   task.rows = plan.rows.data(), task.runs = plan.runs.data(), task.n_runs = static_cast<int64_t>(plan.runs.size());
   task.reads = plan.reads.data(), task.read_begin = plan.read_begin.data(), task.step = plan.step;
   task.in_image = (transposed ? p.p * p.q : p.h * p.w) * p.c;
   task.out_h = transposed ? p.h : p.p, task.out_w = transposed ? p.w : p.q;
-  task.channels = p.c, task.taps = p.r * p.s, task.n = p.n;
-  task.at_once = task.out_w <= kSmallMap ? kDepthwiseSide : 1;
-  const auto pack = FASTCONV_VECTORS_PICK(depthwise_pack<T, W>);
-  const auto kernel = FASTCONV_VECTORS_PICK(depthwise<T>);
+  const int64_t taps = p.r * p.s;
+  task.channels = p.c, task.block = taps * G * block, task.n = p.n;
+  task.at_once = task.out_w <= kSmallMap ? kGroupedSide : 1;
+  const auto pack = FASTCONV_VECTORS_PICK(grouped_pack<T, W, G>);
+  const auto kernel = FASTCONV_VECTORS_PICK(grouped<T, G>);
   // Rows are shared out where there are enough of them for even shares; else channels, in whole blocks.
   const int64_t rows = ceil_div(p.n, task.at_once) * task.out_h;
-  const double work = static_cast<double>(p.n * p.p * p.q) * p.c * task.taps;
+  const double work = static_cast<double>(p.n * p.p * p.q) * p.c * G * taps;
   const int64_t threads = work < kSerialWork ? 1 : at::get_num_threads();
   const int64_t c_parts = rows >= 8 * threads ? 1 : std::min(blocks, threads);
   const int64_t row_parts = std::min(rows, std::max<int64_t>(1, threads / c_parts));
@@ -105,20 +107,20 @@ void run_depthwise(const ConvParams& p, bool transposed, const T* input, const W
     for (int64_t part = begin; part < end; ++part) {
       const int64_t i = part / row_parts, j = part % row_parts;
       const int64_t c0 = blocks * i / c_parts * block, c1 = std::min(p.c, blocks * (i + 1) / c_parts * block);
-      DepthwiseTask<T> mine = task;
-      mine.panels = reinterpret_cast<float*>(workspace<0>(ceil_div(c1 - c0, block) * block * task.taps * 4));
-      pack(weight, task.taps, c0, c1, mine.panels);
+      GroupedTask<T> mine = task;
+      mine.panels = reinterpret_cast<float*>(workspace<0>(ceil_div(c1 - c0, block) * task.block * 4));
+      pack(weight, taps, transposed, c0, c1, mine.panels);
       kernel(mine, rows * j / row_parts, rows * (j + 1) / row_parts, c0, c1);
     }
   });
 }
 
-// The taps that read data somewhere, in passes of at most kDepthwiseTaps, as even as can be.
+// The taps that read data somewhere, in passes of at most `most`, as even as can be.
 struct WgradPasses {
   std::vector<int64_t> taps, offsets, begin;
   std::vector<uint32_t> row_masks, column_masks;  // [pass][p], [pass][q]
 
-  explicit WgradPasses(const ConvParams& p) {
+  WgradPasses(const ConvParams& p, int64_t most) {
     const RowsAxis h(p.p, p.h, p.r, p.stride_h, p.pad_h, p.dil_h, false);
     const RowsAxis w(p.q, p.w, p.s, p.stride_w, p.pad_w, p.dil_w, false);
     const auto live = [](const RowsAxis& axis, int64_t out, int64_t count, int64_t tap) {
@@ -131,7 +133,7 @@ struct WgradPasses {
       taps.push_back(t);
       offsets.push_back((t / p.s * p.dil_h * p.w + t % p.s * p.dil_w) * p.c);
     }
-    const auto count = static_cast<int64_t>(taps.size()), passes = ceil_div(count, kDepthwiseTaps);
+    const auto count = static_cast<int64_t>(taps.size()), passes = ceil_div(count, most);
     for (int64_t i = 0; i <= passes; ++i) begin.push_back(passes == 0 ? 0 : count * i / passes);
     row_masks.assign(passes * p.p, 0), column_masks.assign(passes * p.q, 0);
     for (int64_t i = 0; i < passes; ++i) {
@@ -146,37 +148,20 @@ struct WgradPasses {
   }
 };
 
-}  // namespace
-
-bool depthwise_takes(const ConvParams& p, int64_t element) {
-  return is_depthwise(p) && (element == 4 || element == 2) && active_isa() != Isa::portable && p.n > 0 && p.p > 0 &&
-         p.q > 0;
-}
-
-template <class T, class W>
-void depthwise_forward(const ConvParams& p, const T* x, const W* weight, const RowsEpilogue<T>& e) {
-  run_depthwise<T, W>(p, false, x, weight, e);
-}
-
-template <class T, class W>
-void depthwise_input_grad(const ConvParams& p, const T* dz, const W* weight, const RowsEpilogue<T>& e) {
-  run_depthwise<T, W>(p, true, dz, weight, e);
-}
-
-template <class T, class D>
-void depthwise_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) {
-  const WgradPasses passes(p);
+template <class T, class D, int G>
+void run_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) {
+  const WgradPasses passes(p, grouped_taps(G));
   const auto count = static_cast<int64_t>(passes.taps.size()), taps = p.r * p.s;
   const int64_t block = tile_shape<float>().columns, blocks = ceil_div(p.c, block), rows = p.n * p.p;
-  if (count < taps) std::memset(static_cast<void*>(dw), 0, p.c * taps * sizeof(D));
+  if (count < taps) std::memset(static_cast<void*>(dw), 0, p.c * G * taps * sizeof(D));
   if (count == 0) return;
   // Shares of the rows, by the shape alone, in whole pieces.
   const int64_t piece = std::max<int64_t>(1, kPiece / p.q), pieces = ceil_div(rows, piece);
   const int64_t parts = std::min(pieces, std::max<int64_t>(1, kWgradTasks / blocks));
-  const int64_t part = count * block;
+  const int64_t part = count * G * block;
   auto* sums = reinterpret_cast<float*>(workspace<1>(blocks * parts * part * 4));
-  const auto kernel = FASTCONV_VECTORS_PICK(depthwise_wgrad<T>);
-  const double work = static_cast<double>(p.n * p.p * p.q) * p.c * count;
+  const auto kernel = FASTCONV_VECTORS_PICK(grouped_wgrad<T, G>);
+  const double work = static_cast<double>(p.n * p.p * p.q) * p.c * G * count;
   const int64_t tasks = blocks * parts,
                 shares = work < kSerialWork ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
   at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
@@ -185,32 +170,82 @@ void depthwise_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) 
       const int n = static_cast<int>(std::min(block, p.c - c));
       float* mine = sums + i * part;
       std::memset(mine, 0, part * 4);
-      DepthwiseWgradTask<T> t{dz,         x,          p.p,     p.q,     p.h,     p.w,     p.c,
-                              p.stride_h, p.stride_w, p.pad_h, p.pad_w, nullptr, nullptr, nullptr};
-      for (int64_t row = pieces * j / parts * piece; row < std::min(rows, pieces * (j + 1) / parts * piece);
-           row += piece) {
+      GroupedWgradTask<T> t{dz,         x,          p.p,     p.q,     p.h,     p.w,     p.c,
+                            p.stride_h, p.stride_w, p.pad_h, p.pad_w, nullptr, nullptr, nullptr};
+      const int64_t begin_row = pieces * j / parts * piece, end_row = std::min(rows, pieces * (j + 1) / parts * piece);
+      for (int64_t row = begin_row; row < end_row; row += piece) {
         for (size_t k = 0; k + 1 < passes.begin.size(); ++k) {
           const int64_t begin = passes.begin[k];
           t.offsets = &passes.offsets[begin];
           t.row_mask = &passes.row_masks[k * p.p], t.column_mask = &passes.column_masks[k * p.q];
-          kernel(t, passes.begin[k + 1] - begin, row, std::min(rows, row + piece), c, n, mine + begin * block);
+          kernel(t, passes.begin[k + 1] - begin, row, std::min(rows, row + piece), c, n, mine + begin * G * block);
         }
       }
     }
   });
-  const auto put = FASTCONV_VECTORS_PICK(depthwise_wgrad_put<D>);
+  const auto put = FASTCONV_VECTORS_PICK(grouped_wgrad_put<D>);
   for (int64_t b = 0; b < blocks; ++b) {
     const int n = static_cast<int>(std::min(block, p.c - b * block));
-    put(sums + b * parts * part, parts, part, passes.taps.data(), count, taps, n, dw + b * block * taps);
+    put(sums + b * parts * part, parts, part, passes.taps.data(), count, taps, G, n, dw + b * block * taps * G);
   }
 }
 
-#define FASTCONV_DEPTHWISE(T, W)                                                                           \
-  template void depthwise_forward<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&);    \
-  template void depthwise_input_grad<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&); \
-  template void depthwise_weight_grad<T, W>(const ConvParams&, const T*, const T*, W*);
-FASTCONV_DEPTHWISE(float, float)
-FASTCONV_DEPTHWISE(bf16, bf16)
-FASTCONV_DEPTHWISE(bf16, float)
+// run(tag) with the number of channels of a group.
+template <class F>
+void with_group(const ConvParams& p, const F& run) {
+  switch (p.c / p.groups) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    case 8:
+      return run(std::integral_constant<int, 8>{});
+    default:
+      return run(std::integral_constant<int, 16>{});
+  }
+}
+
+}  // namespace
+
+// Against oneDNN through ATen, one thread of a Zen 4, 3x3 filters, ratio oneDNN : here in fp32 and bf16:
+// - groups of 1: bench/results; of 2 (4x28x28x64): 5.4, 5.1 forward, 5.7, 5.2 data gradient, 5.9, 11.6 weight gradient;
+//   of 4 (4x56x56x128): 5.1, 1.1; 2.1, 1.3; 8.7, 4.3;
+// - of 8, 16x2x2x208: 3.2, 2.9; 2.2, 1.8; 3.2, 3.5; 4x7x7x440: 1.1, 0.8; 1.0, 0.7; 1.4, 1.6; 4x28x28x256: 0.8, 0.5;
+// 0.9,
+//   0.5; 1.5, 0.8: a call of oneDNN costs 60 us more, its bf16 dot products are twice as fast;
+// - of 16, 16x8x8x112: 0.7, 0.4; 0.7, 0.4; 0.7, 0.5.
+bool grouped_worthwhile(const ConvParams& p, int64_t element, ConvPass pass) {
+  if (p.groups == 1 || p.c != p.k || (element != 4 && element != 2) || active_isa() == Isa::portable) return false;
+  if (p.n <= 0 || p.p <= 0 || p.q <= 0) return false;
+  const int64_t group = p.c / p.groups, lanes = tile_shape<float>().columns / 2;
+  if (group > lanes || lanes % group != 0) return false;
+  const int64_t most = pass == ConvPass::weight_grad && group == 8 ? 16 << 20 : 4 << 20;
+  return group <= 4 || p.n * p.p * p.q * p.k * group * p.r * p.s <= most;
+}
+
+template <class T, class W>
+void grouped_forward(const ConvParams& p, const T* x, const W* weight, const RowsEpilogue<T>& e) {
+  with_group(p, [&](auto group) { run_grouped<T, W, group.value>(p, false, x, weight, e); });
+}
+
+template <class T, class W>
+void grouped_input_grad(const ConvParams& p, const T* dz, const W* weight, const RowsEpilogue<T>& e) {
+  with_group(p, [&](auto group) { run_grouped<T, W, group.value>(p, true, dz, weight, e); });
+}
+
+template <class T, class D>
+void grouped_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) {
+  with_group(p, [&](auto group) { run_weight_grad<T, D, group.value>(p, dz, x, dw); });
+}
+
+#define FASTCONV_GROUPED(T, W)                                                                           \
+  template void grouped_forward<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&);    \
+  template void grouped_input_grad<T, W>(const ConvParams&, const T*, const W*, const RowsEpilogue<T>&); \
+  template void grouped_weight_grad<T, W>(const ConvParams&, const T*, const T*, W*);
+FASTCONV_GROUPED(float, float)
+FASTCONV_GROUPED(bf16, bf16)
+FASTCONV_GROUPED(bf16, float)
 
 }  // namespace fastconv::cpu

@@ -1,6 +1,0 @@
-// The kernel files of the depthwise convolution in the order that they need each other; read once per instruction set.
-#ifndef FASTCONV_AMX
-#include "gemm_tile.h"
-//
-#include "conv_depthwise.h"
-#endif
