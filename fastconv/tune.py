@@ -92,7 +92,8 @@ def _policy(tuning: Tuning, measure: bool, again: bool, seconds: float | None, d
 
 @contextlib.contextmanager
 def measuring(*, again: bool = False, seconds: float | None = None) -> Iterator[Tuning]:
-    """Inside, every call that "auto" decides and that has no measurement gets one, on CPUs too.
+    """Inside, every call that "auto" decides and that has no measurement gets one, on CPUs too; so does a convolution
+    that Triton can run and that was measured at its first use, without its tiles.
 
     again: also the calls that have one. seconds: timed rounds per call (default 0.2 on a CPU, 0.05 on a GPU). The
     measurements go to the cache; the yielded :class:`Tuning` holds them too.

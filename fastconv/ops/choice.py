@@ -296,18 +296,16 @@ def _measured(
         if entry is not None and covers(call, entry, names, tuning):
             return entry, ""
         try:
-            seconds = measured.policy.seconds if tuning else None
             # On CUDA a backward would run in the device's own thread, which the tiles' flag does not reach.
             with conv_config.tuning(tuning), torch.autograd.set_multithreading_enabled(False):
-                result = measure(op, names, run, tensors, settings, seconds)
+                result = measure(op, names, run, tensors, settings, measured.policy.seconds if tuning else None)
         except RuntimeError as error:  # stock PyTorch itself cannot run the copies: out of memory, most likely
             why = f"measuring it failed: {error}".splitlines()[0]
             log.warning("%s: %s", op, why)
             return None, why
         log.info("measured in %.2f s: %s: %s", result.seconds, call, result.ms)
-        entry = {"ms": result.ms, **({"failed": result.failed} if result.failed else {})}
-        if tuning:
-            entry["tuned"] = True
+        more = {"failed": result.failed, "tuned": tuning}
+        entry = {"ms": result.ms, **{key: value for key, value in more.items() if value}}
         # What stands there was asked for again, or may be from before the tiles were tuned: times of other kernels.
         entry = store.put(call, entry, replace=tuning)
         if tuning:

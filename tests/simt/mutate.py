@@ -44,7 +44,9 @@ FAMILY_OF = {
     "loss": "loss",
     "update": "update",
 }  # everything else: conv
-TIMEOUT = 240  # seconds for one family's tests, which take less than a minute and a half: a fault may hang them
+# CPU seconds for one family's tests, which take less than a minute and a half: a fault may hang them. Not of the clock,
+# which on a busy machine would call a slow build red; the compiler's time does not count.
+TIMEOUT = 240
 torch.set_num_threads(1)  # a fork must not inherit a pool of threads
 SITE = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<[^>]*>\(\)|cp_async_commit\(\)")
 
@@ -60,7 +62,7 @@ def fork_tests(family: str, env: dict[str, str], output: IO[str]) -> tuple[int, 
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         os.environ.update(env)
-        signal.alarm(TIMEOUT)  # a fault may hang the kernel: the signal's death is red too
+        signal.setitimer(signal.ITIMER_PROF, TIMEOUT)  # a fault may hang the kernel: the signal's death is red too
         for name in ("simt_lib", "simt_conv", "simt_norm"):  # they read the environment when imported
             sys.modules.pop(name, None)
         code = 3
@@ -189,7 +191,9 @@ they are gone from the kernels. Gaps that became tests: NaN behind a partial k-t
 pages), stride and dilation with a common factor, a window that leaves the padded image, channels that fit 16 bytes on one
 side only, odd sides under a strided data gradient, a workspace that is not needed, unaligned depthwise operands, rounding
 between layers in the depthwise prologue, means and logits far from zero, rows of infinite logits, parameters and running
-statistics of different dtypes, the folded batch norm.
+statistics of different dtypes, the folded batch norm, a data gradient's sums in batch norm's backward, more chunks than a
+merge has slices, empty tiles of stride classes, writes past a vector of channels, a slope from the input without weight,
+the second of a lane's columns.
 """
 
 

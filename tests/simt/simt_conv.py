@@ -151,9 +151,11 @@ def run(
         rows = lib.lib.simt_conv_tile_rows(ctypes.byref(call))
         classes = [min(stride, size) for stride, size in zip(case.stride, (case.h, case.w), strict=True)]
         largest = case.n * -(-case.h // case.stride[0]) * -(-case.w // case.stride[1])
-        info["sums"] = torch.full((2, classes[0] * classes[1] * -(-largest // rows), case.c), float("nan"))
+        sums = torch.full((2, classes[0] * classes[1] * -(-largest // rows) + 1, case.c), float("nan"))
+        info["sums"] = sums[:, :-1]
         call.sum_g, call.sum_gx = (pointer(part) for part in info["sums"])
     lib.call("simt_conv", ctypes.byref(call), seed=seed)
+    assert "sums" not in info or sums[:, -1].isnan().all(), "written past the last tile's sums"
     info["counters"] = lib.counters
     return out, info
 

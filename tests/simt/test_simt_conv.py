@@ -220,5 +220,7 @@ def test_bad_calls_are_refused():
     norm = {"norm_x": x, "norm_mean": torch.zeros(8), "norm_invstd": torch.ones(8)}
     with pytest.raises(RuntimeError, match="statistics are not available"):
         run("dgrad", case, x, w, splits=2, **norm)
+    with pytest.raises(RuntimeError, match="needs its output"):
+        run("dgrad", case, x, w, act="sigmoid", **norm)
     with pytest.raises(RuntimeError, match="sums of gradients are of a data gradient"):
         run("fprop", case, x, w, **norm)

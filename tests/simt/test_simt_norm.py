@@ -59,7 +59,7 @@ def norm(
 ):
     rows, channels = x.shape
     y = torch.full_like(x, float("nan"))
-    save_mean, save_invstd = torch.full((channels,), float("nan")), torch.full((channels,), float("nan"))
+    save_mean, save_invstd = (simt_lib.guarded(torch.full((channels,), float("nan"))) for _ in range(2))
     part_mean, part_m2 = parts[1:] if parts else (torch.full((64 * channels,), float("nan")) for _ in range(2))
     call = NormCall(
         *(
@@ -217,13 +217,14 @@ def test_batch_norm_eval(act):
         assert_close(y, norm_reference(x, residual, weight, bias, mean, var, 1e-5, act), tolerance(dtype), 2e-5)
 
 
-def test_batch_norm_from_convolution_partials():
+@pytest.mark.parametrize("rows,chunk", [(150, 64), (4500, 64), (4500, 8)])  # 3, more than slices, than one round merges
+def test_batch_norm_from_convolution_partials(rows, chunk):
     generator = torch.Generator().manual_seed(6)
-    x = torch.randn(150, 24, generator=generator) + 20
-    parts = [x[i : i + 64].double() for i in range(0, 150, 64)]
+    x = torch.randn(rows, 24, generator=generator) + 20
+    parts = [x[i : i + chunk].double() for i in range(0, rows, chunk)]
     mean = torch.stack([t.mean(0) for t in parts]).float()
     m2 = torch.stack([((t - t.mean(0)) ** 2).sum(0) for t in parts]).float()
-    y, save_mean, _ = norm(x, parts=(64, mean, m2), act="identity")
+    y, save_mean, _ = norm(x, parts=(chunk, mean, m2), act="identity")
     assert_close(save_mean, x.double().mean(0), 1e-6, 1e-6)
     assert_close(y, norm_reference(x, None, None, None, None, None, 1e-5, "identity"), 2e-5, 2e-5)
 

@@ -16,7 +16,7 @@ def act_backward(grad, saved, act, want=(True, True), seed=0, blocks=8, min_rows
     lib = library("norm")
     rows, channels = grad.shape
     out = torch.full_like(grad, float("nan")) if want[0] else None
-    bias = torch.full((channels,), float("nan"), dtype=grad.dtype) if want[1] else None
+    bias = simt_lib.guarded(torch.full((channels,), float("nan"), dtype=grad.dtype)) if want[1] else None
     partial = torch.full((64 * channels,), float("nan")) if want[1] else None
     chunks = [lib.lib.simt_act_chunks(ctypes.c_int64(rows), channels, v, blocks, min_rows) for v in (1, 4, 8)]
     vec = 4 if grad.dtype == torch.float32 else 8
@@ -46,8 +46,8 @@ def test_act_backward_exact(shape, dtype):
     generator = torch.Generator().manual_seed(1)
     grad, saved = integers(shape, dtype, generator), integers(shape, dtype, generator)
     want = grad * (saved > 0)
-    for seed, (g, s) in enumerate([(grad, saved), (unaligned(grad), saved)]):
-        got, bias = act_backward(g, s, "relu", seed=seed)
+    for seed, (g, s, blocks) in enumerate([(grad, saved, 8), (unaligned(grad), saved, 8), (grad, saved, 200)]):
+        got, bias = act_backward(g, s, "relu", seed=seed, blocks=blocks)
         assert torch.equal(got, want)
         assert torch.equal(bias, want.double().sum(0).to(dtype))
     only, none = act_backward(grad, saved, "relu", want=(True, False))
@@ -111,23 +111,41 @@ class NormBackwardCall(ctypes.Structure):
 
 
 def norm_backward(
-    dy, x, output, residual, weight, bias, mean, invstd, training, act, want=(1, 1, 1, 1), seed=0, split=None, dres=None
+    dy,
+    x,
+    output,
+    residual,
+    weight,
+    bias,
+    mean,
+    invstd,
+    training,
+    act,
+    want=(1, 1, 1, 1),
+    seed=0,
+    split=None,
+    dres=None,
+    sums=None,
 ):
     rows, channels = x.shape
     dx, fresh = (torch.full_like(x, float("nan")) if w else None for w in want[:2])
     dres = fresh if dres is None else dres
     dweight, dbias = (
-        torch.full((channels,), float("nan"), dtype=weight.dtype if weight is not None else torch.float32)
+        simt_lib.guarded(
+            torch.full((channels,), float("nan"), dtype=weight.dtype if weight is not None else torch.float32)
+        )
         if w
         else None
         for w in want[2:]
     )
     work = [torch.full((64 * channels,), float("nan")) for _ in range(4)]
+    work[:2] = sums or work[:2]  # [tiles, channels] of g and of g xhat
     call = NormBackwardCall(
         *(pointer(t) for t in (dy, x, output, residual, weight, bias, mean, invstd, dx, dres, dweight, dbias, *work))
     )
     call.rows, call.dtype, call.channels = rows, DTYPES[x.dtype], channels
     call.split = split_call(split)
+    call.part_sums = len(sums[0]) if sums else 0
     call.params_float = int(weight is None or weight.dtype == torch.float32)
     call.training, call.act, call.blocks, call.min_rows = int(training), ACTIVATIONS.index(act), 8, 32
     library("norm").call("simt_batch_norm_backward", ctypes.byref(call), seed=seed)
@@ -199,3 +217,31 @@ def test_batch_norm_backward_of_split_sums(rows, channels, splits, dtype, act):
     for i in (0, 2, 3):
         assert_close(got[i], want[i], 2 * tolerance(got[i].dtype), 1e-4)
     assert torch.equal(into, dy) if act == "identity" else torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 70])  # 70: more than a block merges in one round
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(37, 16), (700, 264), (530, 7)])
+def test_batch_norm_backward_of_a_data_gradients_sums(shape, training, tiles):
+    """dy has the activation's slope already, and its sums by tile are there: as an identity's backward."""
+    generator = torch.Generator().manual_seed(tiles)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        weight, bias, mean = (torch.randn(shape[1], generator=generator) for _ in range(3))
+        invstd = torch.rand(shape[1], generator=generator) + 0.5
+        tile = torch.arange(shape[0]) % tiles
+        zero = torch.zeros(tiles, shape[1])
+        sums = [zero.index_add(0, tile, v) for v in (g.float(), g.float() * (x.float() - mean) * invstd)]
+        args = (g, x, None, None, weight, bias, mean, invstd, training)
+        want = norm_backward(*args, "identity", want=(1, 0, 1, 1))
+        got = norm_backward(*args, "relu", want=(1, 0, 1, 1), seed=tiles, sums=sums)
+        assert_close(got[0], want[0], 2 * tolerance(dtype), 1e-5)
+        for i in (2, 3):
+            assert_close(got[i], want[i], 1e-5, 1e-4)
+
+
+def test_sums_of_a_data_gradient_need_dx():
+    ones = torch.ones(4, 8)
+    args = (ones, ones, None, None, None, None, ones[0], ones[0], True, "identity")
+    with pytest.raises(RuntimeError, match="go with dx"):
+        norm_backward(*args, want=(0, 0, 1, 1), sums=[ones, ones])
