@@ -4,9 +4,10 @@
      "environments": {"torch 2.11.0, ...; NVIDIA H100 ...": {"conv2d_bias_act float32[...] ...":
          {"ms": {"triton": [0.11, 0.25], "aten": [0.13, 0.31]}, "failed": {"cuda": "..."}}}}}
 
-A time is [forward] or [forward, backward]. Entries of other versions and devices are kept and not used. Writers take an
-advisory lock (flock on a file beside), read what is there, add their entry and replace the file: an entry that another
-process wrote first stays, so all processes of a machine agree. A reader needs no lock: the file is replaced whole.
+A time is [forward] or [forward, backward]; "tuned": true marks an entry of a tuning run, which measures tiles too.
+Entries of other versions and devices are kept and not used. Writers take an advisory lock (flock on a file beside),
+read what is there, add their entry and replace the file: an entry that another process wrote first stays, so all
+processes of a machine agree. A reader needs no lock: the file is replaced whole.
 
 What cannot be read as this is renamed to <name>.set-aside with one warning; a folder that cannot be written leaves the
 measurements in memory, with one line in the log. Neither is an error.
