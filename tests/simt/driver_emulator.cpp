@@ -27,4 +27,8 @@ extern "C" int simt_fault(const float* in, float* out, int fault) {
 }
 
 extern "C" int simt_fastdiv(int n, int d) { return FastDiv(d).div(n); }
+extern "C" void simt_smalldiv(int n, int d, int* quotient, int* rest) { SmallDiv(d).divmod(n, *quotient, *rest); }
+extern "C" void simt_divide_rows(int64_t n, int d, int64_t* quotient, int* rest) {
+  divide_rows(n, d, *quotient, *rest);
+}
 extern "C" int simt_activation(const char* name) { return static_cast<int>(activation_from_name(name)); }

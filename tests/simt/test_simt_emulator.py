@@ -77,6 +77,14 @@ def test_fast_division():
     pairs += [(rng.randrange(2**31), rng.randrange(1, 300)) for _ in range(2000)]
     for n, d in pairs:
         assert lib.simt_fastdiv(n, d) == n // d, (n, d)
+        q, r = ctypes.c_int(), ctypes.c_int()
+        if n * d < 2**32:
+            lib.simt_smalldiv(n, d, ctypes.byref(q), ctypes.byref(r))
+            assert (q.value, r.value) == divmod(n, d), (n, d)
+        q = ctypes.c_int64()
+        for rows in (n, n * 2**20 + n):  # in 32 bits, and past them
+            lib.simt_divide_rows(ctypes.c_int64(rows), d, ctypes.byref(q), ctypes.byref(r))
+            assert (q.value, r.value) == divmod(rows, d), (rows, d)
 
 
 def test_activation_names():
