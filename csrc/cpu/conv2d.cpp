@@ -118,63 +118,63 @@ std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::
 
 }  // namespace
 
-bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
+ConvEngine conv_engine(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
   const at::ScalarType type = x.scalar_type();
-  return (type == at::kFloat || type == at::kBFloat16) && rows_worthwhile(p, x.element_size(), pass);
-}
-
-bool conv_uses_grouped(const ConvParams& p, const at::Tensor& x, ConvPass pass) {
-  const at::ScalarType type = x.scalar_type();
-  return (type == at::kFloat || type == at::kBFloat16) && grouped_worthwhile(p, x.element_size(), pass);
+  if (type != at::kFloat && type != at::kBFloat16) return ConvEngine::aten;
+  if (grouped_worthwhile(p, pass)) return ConvEngine::grouped;
+  return rows_worthwhile(p, x.element_size(), pass) ? ConvEngine::rows : ConvEngine::aten;
 }
 
 namespace {
 
-// Whether one of fastconv's engines has computed it. Dense NHWC tensors, addend undefined or one.
-bool engine_input_grad(const ConvParams& p, const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& addend,
-                       const at::Tensor& dx) {
-  const bool grouped = conv_uses_grouped(p, dx, ConvPass::input_grad);
-  if (!grouped && !conv_uses_rows(p, dx, ConvPass::input_grad)) return false;
+// Not of ATen's. Dense NHWC tensors, addend undefined or one.
+void engine_input_grad(ConvEngine engine, const ConvParams& p, const at::Tensor& dy, const at::Tensor& weight,
+                       const at::Tensor& addend, const at::Tensor& dx) {
   with_types(dx, weight, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
     using W = typename decltype(wide)::type;
     const RowsEpilogue<T> e{data<T>(dx), nullptr, const_data<T>(addend), nullptr, nullptr, Act::identity, nullptr};
-    if (grouped) {
+    if (engine == ConvEngine::grouped) {
       grouped_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), e);
     } else {
       rows_input_grad<T>(p, const_data<T>(dy), const_data<W>(weight), nullptr, e);
     }
   });
-  return true;
 }
 
-// dw: of the input's dtype, or fp32.
-bool engine_weight_grad(const ConvParams& p, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& dw) {
-  const bool grouped = conv_uses_grouped(p, x, ConvPass::weight_grad);
-  if (!grouped && !conv_uses_rows(p, x, ConvPass::weight_grad)) return false;
+// Likewise. dw: of the input's dtype, or fp32.
+void engine_weight_grad(ConvEngine engine, const ConvParams& p, const at::Tensor& dy, const at::Tensor& x,
+                        const at::Tensor& dw) {
   with_types(x, dw, [&](auto tag, auto wide) {
     using T = typename decltype(tag)::type;
     using D = typename decltype(wide)::type;
-    if (grouped) {
+    if (engine == ConvEngine::grouped) {
       grouped_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
     } else {
       rows_weight_grad<T, D>(p, const_data<T>(dy), const_data<T>(x), data<D>(dw));
     }
   });
-  return true;
 }
 
 }  // namespace
 
 void conv_weight_grad_into(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& input,
                            const at::Tensor& weight, const at::Tensor& grad_weight) {
-  if (engine_weight_grad(p, grad_output, input, grad_weight)) return;
-  grad_weight.copy_(std::get<1>(aten_backward(p, grad_output, input, weight, {false, true})));
+  const ConvEngine engine = conv_engine(p, input, ConvPass::weight_grad);
+  if (engine != ConvEngine::aten) {
+    engine_weight_grad(engine, p, grad_output, input, grad_weight);
+  } else {
+    grad_weight.copy_(std::get<1>(aten_backward(p, grad_output, input, weight, {false, true})));
+  }
 }
 
 void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
                      const at::Tensor& addend, const at::Tensor& grad_input) {
-  if (engine_input_grad(p, grad_output, weight, addend, grad_input)) return;
+  const ConvEngine engine = conv_engine(p, grad_input, ConvPass::input_grad);
+  if (engine != ConvEngine::aten) {
+    engine_input_grad(engine, p, grad_output, weight, addend, grad_input);
+    return;
+  }
   auto [dx, dw] = aten_backward(p, grad_output, grad_input, weight, {true, false});
   if (addend.defined()) {
     at::add_out(const_cast<at::Tensor&>(grad_input), dx, addend);
@@ -191,8 +191,8 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
   if (p.n == 0) return made();
   const at::Tensor x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor out;
-  const bool grouped = conv_uses_grouped(p, x, ConvPass::forward);
-  if (grouped || conv_uses_rows(p, x, ConvPass::forward)) {
+  const ConvEngine engine = conv_engine(p, x, ConvPass::forward);
+  if (engine != ConvEngine::aten) {
     out = made();
     with_types(x, w, [&](auto tag, auto wide) {
       using T = typename decltype(tag)::type;
@@ -205,7 +205,7 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
                                const_data<float>(e.shift),
                                e.act,
                                const_data<float>(e.mean)};
-      if (grouped) {
+      if (engine == ConvEngine::grouped) {
         grouped_forward<T>(p, const_data<T>(x), const_data<W>(w), to);
       } else {
         rows_forward<T>(p, const_data<T>(x), const_data<W>(w), e.packed, to);
@@ -243,14 +243,17 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
   }
   const at::Tensor dy = nhwc(grad_output), x = nhwc(input), w = weight.contiguous(kLast);
   at::Tensor dx, dw;
-  const auto engine = [&](ConvPass pass) { return conv_uses_grouped(p, x, pass) || conv_uses_rows(p, x, pass); };
-  if (output_mask[0] && engine(ConvPass::input_grad)) {
+  const ConvEngine for_dx = output_mask[0] ? conv_engine(p, x, ConvPass::input_grad) : ConvEngine::aten;
+  const ConvEngine for_dw = output_mask[1] ? conv_engine(p, x, ConvPass::weight_grad) : ConvEngine::aten;
+  if (for_dx != ConvEngine::aten) {
     dx = empty_nhwc(x.sizes(), x.options(), format_x);
-    output_mask[0] = !engine_input_grad(p, dy, w, {}, dx);
+    engine_input_grad(for_dx, p, dy, w, {}, dx);
+    output_mask[0] = false;
   }
-  if (output_mask[1] && engine(ConvPass::weight_grad)) {
+  if (for_dw != ConvEngine::aten) {
     dw = at::empty(w.sizes(), w.options(), kLast);
-    output_mask[1] = !engine_weight_grad(p, dy, x, dw);
+    engine_weight_grad(for_dw, p, dy, x, dw);
+    output_mask[1] = false;
   }
   if (output_mask[0] || output_mask[1]) {
     auto [aten_dx, aten_dw] = aten_backward(p, dy, x, w.to(x.scalar_type()), output_mask);

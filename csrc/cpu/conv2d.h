@@ -36,11 +36,10 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
 void conv_input_grad(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& weight,
                      const at::Tensor& addend, const at::Tensor& grad_input);
 
-// Whether the engine of conv_rows.h computes this pass; it alone takes packed weights and hands gradients on in blocks.
-bool conv_uses_rows(const ConvParams& p, const at::Tensor& x, ConvPass pass);
-
-// Whether the kernels of conv_grouped.h compute this pass.
-bool conv_uses_grouped(const ConvParams& p, const at::Tensor& x, ConvPass pass);
+// Who computes a pass: ATen, conv_rows.h (which alone takes packed weights and hands gradients on in blocks), or
+// conv_grouped.h. The latter two in fp32 and bf16.
+enum class ConvEngine { aten, rows, grouped };
+ConvEngine conv_engine(const ConvParams& p, const at::Tensor& x, ConvPass pass);
 
 // Calls `run` with a tag of the elements' type, fp32 or bf16.
 template <class F>

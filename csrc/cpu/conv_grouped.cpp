@@ -121,15 +121,9 @@ struct WgradPasses {
   std::vector<uint32_t> row_masks, column_masks;  // [pass][p], [pass][q]
 
   WgradPasses(const ConvParams& p, int64_t most) {
-    const RowsAxis h(p.p, p.h, p.r, p.stride_h, p.pad_h, p.dil_h, false);
-    const RowsAxis w(p.q, p.w, p.s, p.stride_w, p.pad_w, p.dil_w, false);
-    const auto live = [](const RowsAxis& axis, int64_t out, int64_t count, int64_t tap) {
-      for (int64_t o = 0; o < out; ++o)
-        if (axis.in[o * count + tap] >= 0) return true;
-      return false;
-    };
     for (int64_t t = 0; t < p.r * p.s; ++t) {
-      if (!live(h, p.p, p.r, t / p.s) || !live(w, p.q, p.s, t % p.s)) continue;
+      if (!tap_is_live(p.h, p.p, p.stride_h, p.pad_h, p.dil_h, t / p.s)) continue;
+      if (!tap_is_live(p.w, p.q, p.stride_w, p.pad_w, p.dil_w, t % p.s)) continue;
       taps.push_back(t);
       offsets.push_back((t / p.s * p.dil_h * p.w + t % p.s * p.dil_w) * p.c);
     }
@@ -140,9 +134,9 @@ struct WgradPasses {
       for (int64_t k = begin[i]; k < begin[i + 1]; ++k) {
         const uint32_t bit = 1u << (k - begin[i]);
         for (int64_t o = 0; o < p.p; ++o)
-          if (h.in[o * p.r + taps[k] / p.s] >= 0) row_masks[i * p.p + o] |= bit;
+          if (tap_touches(p.h, p.stride_h, p.pad_h, p.dil_h, o, taps[k] / p.s)) row_masks[i * p.p + o] |= bit;
         for (int64_t o = 0; o < p.q; ++o)
-          if (w.in[o * p.s + taps[k] % p.s] >= 0) column_masks[i * p.q + o] |= bit;
+          if (tap_touches(p.w, p.stride_w, p.pad_w, p.dil_w, o, taps[k] % p.s)) column_masks[i * p.q + o] |= bit;
       }
     }
   }
@@ -209,15 +203,16 @@ void with_group(const ConvParams& p, const F& run) {
 
 }  // namespace
 
-// Against oneDNN through ATen, one thread of a Zen 4, 3x3 filters, ratio oneDNN : here in fp32 and bf16:
+// Against oneDNN through ATen, one thread of a Zen 4, other programs running, 3x3 filters, ratio oneDNN : here in fp32
+// and bf16:
 // - groups of 1: bench/results; of 2 (4x28x28x64): 5.4, 5.1 forward, 5.7, 5.2 data gradient, 5.9, 11.6 weight gradient;
 //   of 4 (4x56x56x128): 5.1, 1.1; 2.1, 1.3; 8.7, 4.3;
 // - of 8, 16x2x2x208: 3.2, 2.9; 2.2, 1.8; 3.2, 3.5; 4x7x7x440: 1.1, 0.8; 1.0, 0.7; 1.4, 1.6; 4x28x28x256: 0.8, 0.5;
 // 0.9,
 //   0.5; 1.5, 0.8: a call of oneDNN costs 60 us more, its bf16 dot products are twice as fast;
 // - of 16, 16x8x8x112: 0.7, 0.4; 0.7, 0.4; 0.7, 0.5.
-bool grouped_worthwhile(const ConvParams& p, int64_t element, ConvPass pass) {
-  if (p.groups == 1 || p.c != p.k || (element != 4 && element != 2) || active_isa() == Isa::portable) return false;
+bool grouped_worthwhile(const ConvParams& p, ConvPass pass) {
+  if (p.groups == 1 || p.c != p.k || active_isa() == Isa::portable) return false;
   if (p.n <= 0 || p.p <= 0 || p.q <= 0) return false;
   const int64_t group = p.c / p.groups, lanes = tile_shape<float>().columns / 2;
   if (group > lanes || lanes % group != 0) return false;

@@ -10,9 +10,8 @@
 
 namespace fastconv::cpu {
 
-// The measured rule: whether the kernels compute this convolution, and faster than oneDNN (through ATen). element: 4
-// for fp32, 2 for bf16.
-bool grouped_worthwhile(const ConvParams& p, int64_t element, ConvPass pass);
+// The measured rule: whether the kernels compute this convolution, and faster than oneDNN (through ATen).
+bool grouped_worthwhile(const ConvParams& p, ConvPass pass);
 
 // y[n,p,q,c] = act((conv(x, w) - mean) * scale + shift + residual); e.out and what else e names.
 template <class T, class W>

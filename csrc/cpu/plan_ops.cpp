@@ -32,7 +32,7 @@ void conv2d(const at::Tensor& input, const at::Tensor& weight, const OptTensor& 
   e.act = plan_act(op, act);
   e.out = output;
   if (given(packed) && packed->numel() > 0) {
-    const bool rows = conv_uses_rows(p, input, ConvPass::forward);
+    const bool rows = conv_engine(p, input, ConvPass::forward) == ConvEngine::rows;
     const int64_t bytes = rows ? rows_packed_bytes(p, input.element_size(), ConvPass::forward) : 0;
     TORCH_CHECK(packed->numel() == bytes, op, ": packed expected ", bytes, " bytes, got ", packed->numel());
     e.packed = packed->const_data_ptr();
@@ -46,7 +46,7 @@ at::Tensor conv2d_pack(const at::Tensor& input, const at::Tensor& weight, at::In
   const ConvParams p = plan_conv_params(op, input, weight, geometry);
   const auto bytes = weight.options().dtype(at::kByte);
   at::Tensor out = at::empty({0}, bytes);
-  if (!conv_uses_rows(p, input, ConvPass::forward)) return out;
+  if (conv_engine(p, input, ConvPass::forward) != ConvEngine::rows) return out;
   with_type(input, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (rows_in_place<T>(p)) return;
@@ -87,7 +87,7 @@ void conv2d_weight_grad_update(const at::Tensor& grad_output, const at::Tensor& 
   check_nhwc(op, "parameter", parameter);
   check_sizes(op, "parameter", parameter, weight.sizes());
   const WeightUpdate update(op, parameter, state, half, hyper, optimizer);
-  if (conv_uses_rows(p, input, ConvPass::weight_grad)) {
+  if (conv_engine(p, input, ConvPass::weight_grad) == ConvEngine::rows) {
     with_type(input, [&](auto tag) {
       using T = typename decltype(tag)::type;
       rows_weight_grad_blocks<T>(

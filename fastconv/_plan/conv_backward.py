@@ -105,7 +105,7 @@ class TrainingLowering(BackwardLowering):
         """Emits both gradients and the update as one call, where one pass over the weights does it all."""
         if self.kernels.gpu or not weight.requires_grad or self.optimizer is None or not self.updates(weight):
             return False
-        example = used.new_empty(into.shape).contiguous(memory_format=torch.channels_last)
+        example = torch.empty(into.shape, dtype=self.dtype, device="cpu", memory_format=torch.channels_last)
         if not torch.ops.fastconv_plan.conv2d_steps_in_place(example, used, shape):
             return False
         self.build.call("fastconv_plan::conv2d_backward_update",

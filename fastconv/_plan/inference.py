@@ -49,7 +49,8 @@ class InferenceLowering(Lowering):
         if self.kernels.gpu:
             mean, shift = None, affine(mean, scale, shift)
         else:
-            example = weight.new_empty(node.inputs[0].shape).contiguous(memory_format=torch.channels_last)
+            form = {"dtype": self.dtype, "device": "cpu", "memory_format": torch.channels_last}
+            example = torch.empty(node.inputs[0].shape, **form)
             packed = torch.ops.fastconv_plan.conv2d_pack(example, weight, geometry(node))
         vectors = (mean, scale, shift)
         out = self.own(node.output)
@@ -75,7 +76,7 @@ class InferenceLowering(Lowering):
         if not self.kernels.gpu and (is_pixelwise(node.module) or is_narrow(node.module)):
             filters = as_filter(self.weight(weight))
             filters = F.pad(filters, (0, 0, 0, 0, 0, 0, 0, max(_PANEL - len(filters), 0)))
-            example = filters.new_empty((*node.inputs[0].shape, 1, 1))
+            example = torch.empty((*node.inputs[0].shape, 1, 1), dtype=self.dtype, device="cpu")
             packed = torch.ops.fastconv_plan.conv2d_pack(example, filters, PIXEL)
             return self.pixelwise(node, x, filters, packed)[1]
         return self.build.returning(
