@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
 import fastconv.functional as FF
@@ -34,3 +35,13 @@ def image(*shape, grad=False):
 def net_call(grad=True):
     x, w = image(4, 8, 6, 6, grad=grad), torch.randn(8, 8, 3, 3, requires_grad=grad)
     return lambda: FF.conv2d_bias_act(x, w, padding=1)
+
+
+class Namespaces(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran.append(func.namespace)
+        return func(*args, **(kwargs or {}))

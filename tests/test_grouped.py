@@ -176,3 +176,19 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, dtype):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_more_geometries_than_a_thread_keeps():
+    """Tables are kept by geometry, 1024 of them: what is made again, and what only differs in one number, stays right."""
+    weight, x = torch.randn(16, 1, 3, 3), torch.randn(1, 16, 3, 1100).contiguous(memory_format=LAST)
+    for width in [*range(1, 1101), 5, 6]:
+        part = x[..., :width].contiguous(memory_format=LAST)
+        out = RAW.conv2d_bias_act(part, weight, None, None, [1, 1], [1, 1], [1, 1], 16, "identity", False)[0]
+        if width < 10 or width % 100 in (0, 23, 24, 25):
+            torch.testing.assert_close(out, F.conv2d(part, weight, padding=1, groups=16), rtol=1e-4, atol=1e-4)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        out, part, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 16, [True, True, False]
+    )
+    got = RAW.conv2d_backward(out, part, weight, [1, 1], [1, 1], [1, 1], 16, [True, True])
+    for a, b in zip(got, (dx, dw), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

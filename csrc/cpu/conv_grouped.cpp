@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -85,7 +86,9 @@ struct GroupedPlan {
 template <class T, class W, int G>
 void run_grouped(const ConvParams& p, bool transposed, const T* input, const W* weight, const RowsEpilogue<T>& e) {
   const int64_t block = tile_shape<float>().columns, blocks = ceil_div(p.c, block);
-  const GroupedPlan plan(p, transposed, G * block);
+  const auto found = kept<GroupedPlan>(p, {transposed, G * block, 0},
+                                       [&] { return std::make_shared<GroupedPlan>(p, transposed, G * block); });
+  const GroupedPlan& plan = *found;
   GroupedTask<T> task{};
   task.input = input, task.epilogue = e;
   task.rows = plan.rows.data(), task.runs = plan.runs.data(), task.n_runs = static_cast<int64_t>(plan.runs.size());
@@ -144,7 +147,9 @@ struct WgradPasses {
 
 template <class T, class D, int G>
 void run_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) {
-  const WgradPasses passes(p, grouped_taps(G));
+  const auto found =
+      kept<WgradPasses>(p, {grouped_taps(G), 0, 0}, [&] { return std::make_shared<WgradPasses>(p, grouped_taps(G)); });
+  const WgradPasses& passes = *found;
   const auto count = static_cast<int64_t>(passes.taps.size()), taps = p.r * p.s;
   const int64_t block = tile_shape<float>().columns, blocks = ceil_div(p.c, block), rows = p.n * p.p;
   if (count < taps) std::memset(static_cast<void*>(dw), 0, p.c * G * taps * sizeof(D));
@@ -208,8 +213,7 @@ void with_group(const ConvParams& p, const F& run) {
 // - groups of 1: bench/results; of 2 (4x28x28x64): 5.4, 5.1 forward, 5.7, 5.2 data gradient, 5.9, 11.6 weight gradient;
 //   of 4 (4x56x56x128): 5.1, 1.1; 2.1, 1.3; 8.7, 4.3;
 // - of 8, 16x2x2x208: 3.2, 2.9; 2.2, 1.8; 3.2, 3.5; 4x7x7x440: 1.1, 0.8; 1.0, 0.7; 1.4, 1.6; 4x28x28x256: 0.8, 0.5;
-// 0.9,
-//   0.5; 1.5, 0.8: a call of oneDNN costs 60 us more, its bf16 dot products are twice as fast;
+//   0.9, 0.5; 1.5, 0.8: a call of oneDNN costs 60 us more, its bf16 dot products are twice as fast;
 // - of 16, 16x8x8x112: 0.7, 0.4; 0.7, 0.4; 0.7, 0.5.
 bool grouped_worthwhile(const ConvParams& p, ConvPass pass) {
   if (p.groups == 1 || p.c != p.k || active_isa() == Isa::portable) return false;

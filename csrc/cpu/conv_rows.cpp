@@ -6,9 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <memory>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -73,23 +71,13 @@ void make_plan(const ConvParams& full, bool transposed, RowsShape shape, RowsPla
   }
 }
 
-// Plans are kept per thread, by geometry: making one costs microseconds, as much as a small convolution.
-constexpr size_t kKeptPlans = 1024;  // several networks' worth; then all are dropped
-
 template <class T>
 std::shared_ptr<const RowsPlanData> kept_plan(const ConvParams& p, bool transposed, RowsShape shape) {
-  using Key = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                         int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-  thread_local std::map<Key, std::shared_ptr<const RowsPlanData>> plans;
-  const Key key{transposed, shape.grain, p.n,        p.h,        p.w,     p.c,     p.k,     p.r,    p.s,
-                p.p,        p.q,         p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w};
-  auto found = plans.find(key);
-  if (found != plans.end()) return found->second;
-  auto made = std::make_shared<RowsPlanData>();
-  make_plan<T>(p, transposed, shape, *made);
-  if (plans.size() >= kKeptPlans) plans.clear();
-  plans.emplace(key, made);
-  return made;
+  return kept<RowsPlanData>(p, {transposed, sizeof(T), shape.grain}, [&] {
+    auto made = std::make_shared<RowsPlanData>();
+    make_plan<T>(p, transposed, shape, *made);
+    return made;
+  });
 }
 
 // The plan of a forward pass that reads the weights where they lie (conv_rows_dots.h): few rows, whole tiles of
@@ -99,23 +87,23 @@ template <class T>
 std::shared_ptr<const RowsPlanData> plan_in_place(const ConvParams& p) {
   const RowsShape shape = tile_registers<T>() ? kVectorTile : tile_shape<T>();
   if (p.n * p.p * p.q > shape.rows * (tile_registers<T>() ? 1 : kInPlaceTiles)) return nullptr;
-  auto kept = kept_plan<T>(p, false, shape);
-  const RowsPlan& plan = kept->plan;
+  const auto found = kept_plan<T>(p, false, shape);
+  const RowsPlan& plan = found->plan;
   const int64_t step = shape.columns / 2 * (4 / static_cast<int64_t>(sizeof(T)));
-  const bool fits = kept->tiles <= kInPlaceTiles && plan.columns % shape.columns == 0 && plan.gather_r == 0 &&
+  const bool fits = found->tiles <= kInPlaceTiles && plan.columns % shape.columns == 0 && plan.gather_r == 0 &&
                     plan.reduce % step == 0;
-  return fits ? kept : nullptr;
+  return fits ? found : nullptr;
 }
 
 template <class T, class W>
 void run_rows(const ConvParams& p, bool transposed, const T* input, const W* weight, const void* packed,
               const RowsEpilogue<T>& e) {
-  std::shared_ptr<const RowsPlanData> kept;
-  if (!transposed && packed == nullptr) kept = plan_in_place<T>(p);
-  const bool in_place = kept != nullptr;
-  if (!in_place) kept = kept_plan<T>(p, transposed, tile_shape<T>());
-  const RowsShape shape = kept->shape;
-  const RowsPlanData& d = *kept;
+  std::shared_ptr<const RowsPlanData> found;
+  if (!transposed && packed == nullptr) found = plan_in_place<T>(p);
+  const bool in_place = found != nullptr;
+  if (!in_place) found = kept_plan<T>(p, transposed, tile_shape<T>());
+  const RowsPlanData& d = *found;
+  const RowsShape shape = d.shape;
   const int64_t channels = transposed ? p.k : p.c;
   if (d.plan.gather_r > 0)
     input = pad_input(p, input);
@@ -250,8 +238,8 @@ template <class T>
 void rows_pack(const ConvParams& p, const T* weight, ConvPass pass, void* packed) {
   const RowsShape shape = tile_shape<T>();
   const bool transposed = pass == ConvPass::input_grad;
-  const std::shared_ptr<const RowsPlanData> kept = kept_plan<T>(p, transposed, shape);
-  const RowsPlanData& d = *kept;
+  const auto found = kept_plan<T>(p, transposed, shape);
+  const RowsPlanData& d = *found;
   const auto kernel = FASTCONV_ROWS_PICK(T, pack_panels<T>);
   const int64_t panels = (d.plan.columns + shape.columns - 1) / shape.columns;
   at::parallel_for(0, panels, std::max<int64_t>(1, (64 << 10) / d.plan.panel_bytes),

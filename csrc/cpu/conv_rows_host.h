@@ -7,10 +7,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "isa.h"
 #include "kernels/conv_rows_plan.h"
@@ -92,6 +95,25 @@ inline char* workspace(int64_t bytes) {
     size = bytes;
   }
   return buffer.get();
+}
+
+// What the calling thread keeps of a convolution's geometry (plans, tables): making it costs microseconds, as much as a
+// small convolution. `variant`: what else it was made from; make() gives a new one.
+constexpr size_t kKeptGeometries = 1024;  // several networks' worth; then all are dropped
+
+template <class Made, class Make>
+std::shared_ptr<const Made> kept(const ConvParams& p, const std::array<int64_t, 3>& variant, const Make& make) {
+  static_assert(std::is_trivially_copyable_v<ConvParams> && sizeof(ConvParams) % sizeof(int64_t) == 0);
+  std::array<int64_t, sizeof(ConvParams) / sizeof(int64_t) + 3> key;
+  std::memcpy(key.data(), &p, sizeof(p));
+  std::copy(variant.begin(), variant.end(), key.end() - 3);
+  thread_local std::map<decltype(key), std::shared_ptr<const Made>> all;
+  const auto found = all.find(key);
+  if (found != all.end()) return found->second;
+  std::shared_ptr<const Made> made = make();
+  if (all.size() >= kKeptGeometries) all.clear();
+  all.emplace(key, made);
+  return made;
 }
 
 inline int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
