@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raw_ops_samples import SAMPLES, _losses
 from test_compile import CALLS, Net, compiled, data_once
-from test_raw_ops import SAMPLES, _losses, as_list, copied, copied_buffers
+from test_raw_ops import as_list, copied, copied_buffers
 from test_triton_tolerance import DEVICE, require_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from util import same_bits
