@@ -156,7 +156,7 @@ def adaptive_avg_pool2d_backward(layout, dtype, device):
     yield (image((0, 5, 3, 4), layout, dtype, device), [7, 6], False)
 
 
-def _losses(layout, dtype, device):
+def losses(layout, dtype, device):
     x = image((3, 5, 4, 2), layout, dtype, device)
     w = torch.rand(5, device=device).to(dtype)
     yield x, torch.randint(5, (3, 4, 2), device=device), w
@@ -165,13 +165,13 @@ def _losses(layout, dtype, device):
 
 
 def cross_entropy(layout, dtype, device):
-    for x, t, w in _losses(layout, dtype, device):
+    for x, t, w in losses(layout, dtype, device):
         for reduction in (0, 1, 2):
             yield (x, t, w, reduction, -100, 0.1)
 
 
 def cross_entropy_backward(layout, dtype, device):
-    for x, t, w in _losses(layout, dtype, device):
+    for x, t, w in losses(layout, dtype, device):
         for reduction in (0, 1, 2):
             loss, lse, normalizer = torch.ops.fastconv.cross_entropy(x, t, w, reduction, -100, 0.1)
             yield (

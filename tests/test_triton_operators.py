@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from raw_ops_samples import SAMPLES, _losses
+from raw_ops_samples import SAMPLES, losses
 from test_compile import CALLS, Net, compiled, data_once
 from test_raw_ops import as_list, copied, copied_buffers
 from test_triton_tolerance import DEVICE, require_triton
@@ -34,7 +34,7 @@ def samples(op, layout="nhwc", dtype=torch.float32):
     if op != "cross_entropy_backward":
         yield from SAMPLES[op](layout, dtype, DEVICE)
         return
-    for x, t, w in _losses(layout, dtype, DEVICE):
+    for x, t, w in losses(layout, dtype, DEVICE):
         for reduction in (0, 1, 2):
             loss, *saved = overload("cross_entropy")(x, t, w, reduction, -100, 0.1)
             yield (torch.randn_like(loss), x, t, w, *saved, reduction, -100, 0.1, [True, t.is_floating_point()])
