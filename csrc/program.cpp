@@ -68,6 +68,18 @@ class Program : public torch::CustomClassHolder {
   at::Tensor get(int64_t slot) const { return slots_[at(slot)].toTensor(); }
   // The same, and the slot is empty then.
   at::Tensor take(int64_t slot) { return std::exchange(slots_[at(slot)], c10::IValue()).toTensor(); }
+  // The same for many slots: a call from Python costs as much as a few operators.
+  void put_all(const std::vector<int64_t>& slots, const std::vector<at::Tensor>& values) {
+    TORCH_CHECK(slots.size() == values.size(), "Program: values expected ", slots.size(), ", got ", values.size());
+    for (size_t i = 0; i < slots.size(); ++i) put(slots[i], values[i]);
+  }
+  std::vector<at::Tensor> get_all(const std::vector<int64_t>& slots) const {
+    std::vector<at::Tensor> values;
+    values.reserve(slots.size());
+    for (const int64_t slot : slots) values.push_back(get(slot));
+    return values;
+  }
+  void clear() { std::fill(slots_.begin(), slots_.end(), c10::IValue()); }
   // Empties these slots behind a call, whenever it has run: their tensors' last reader.
   void release(int64_t call, const std::vector<int64_t>& slots) {
     TORCH_CHECK_INDEX(call >= 0 && call < size(), "Program: call expected below ", size(), ", got ", call);
@@ -87,6 +99,16 @@ class Program : public torch::CustomClassHolder {
 
   void run() {
     run_calls([](size_t) {});
+  }
+
+  // Runs the calls from `first` up to, and without, `end`, of a program without calls aside.
+  void run_part(int64_t first, int64_t end) {
+    TORCH_CHECK_INDEX(0 <= first && first <= end && end <= size(), "Program: calls expected within ", size(), ", got ",
+                      first, " to ", end);
+    TORCH_CHECK(!lanes_, "Program: run_part expected a program without calls aside");
+    const PlainDispatch guard;
+    torch::jit::Stack stack;
+    for (int64_t call = first; call < end; ++call) run_call(calls_[call], stack);
   }
 
   // Runs it `runs` times; microseconds of each call, the least of all runs.
@@ -154,9 +176,8 @@ class Program : public torch::CustomClassHolder {
     for (size_t i = 0; i < c.results.size(); ++i) {
       if (c.results[i] >= 0) slots_[c.results[i]] = std::move(stack[i]);
     }
-    if (c.released.empty()) return;
     for (const int64_t slot : c.released) slots_[slot] = c10::IValue();
-    for (const Input& in : c.inputs) {  // a bound list holds what it was given for this run
+    for (const Input& in : c.inputs) {  // a bound list would hold what it was given for this run
       if (in.element >= 0) c.arguments[in.argument].toTensorList().set(in.element, at::Tensor());
     }
   }
@@ -186,10 +207,14 @@ TORCH_LIBRARY_FRAGMENT(fastconv, m) {
       .def("put", &Program::put)
       .def("get", &Program::get)
       .def("take", &Program::take)
+      .def("put_all", &Program::put_all)
+      .def("get_all", &Program::get_all)
+      .def("clear", &Program::clear)
       .def("release", &Program::release)
       .def("aside", &Program::aside)
       .def("size", &Program::size)
       .def("run", &Program::run)
+      .def("run_part", &Program::run_part)
       .def("times", &Program::times);
 }
 

@@ -117,6 +117,11 @@ inline void define_plan_operators(torch::Library& m) {
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor weight, Tensor? addend, int[] geometry, Tensor(a!) grad_input) -> "
       "()");
+  // Both gradients as fastconv::conv2d_backward gives them, the weight's into a tensor; the other has size [0] where
+  // not asked for. A CPU's alone.
+  m.def(
+      "conv2d_backward_into(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] "
+      "dilation, int groups, bool input_grad, Tensor(a!) grad_weight) -> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor weight, int[] geometry, Tensor(a!) grad_weight) -> "
       "()");

@@ -8,7 +8,7 @@ runs here, ``fastconv.explain`` which backend a call takes.
 """
 
 from . import functional, nn, tune
-from ._plan import evaluation as _evaluation  # noqa: F401  (the fused models' evaluation asks it)
+from ._plan import programs as _programs  # noqa: F401  (fused models ask it)
 from ._version import __version__
 from .explain import explain
 from .fuse import fuse, fusion_report, unfuse

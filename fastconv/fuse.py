@@ -56,10 +56,13 @@ def fuse(
     same. True: every such group. "auto": those whose result nothing in sight keeps anyway. No effect in evaluation,
     under torch.compile and where stock PyTorch runs the group.
 
-    On a CPU, in evaluation mode and without gradients, a fused module with one 4-d float32 or bfloat16 input and a
-    result that is no feature map runs from the second call with an input shape on as one program of the operators that
-    it would call, on the live weights: the same bits, without Python between the layers. Whatever a program cannot
-    follow (hooks, a profiler, autocast, forwards with effects of their own) runs as before.
+    On a CPU a fused module with one 4-d input and a result that is no feature map runs from the second call with an
+    input shape on as one program of the operators that it would call, on the live weights: the same bits, without
+    Python between the layers. In evaluation without gradients (float32 or bfloat16), and in training with them
+    (float32, or under bfloat16 autocast), where forward and backward are one autograd Function, and the memory of
+    large gradients that nobody holds any more is used again. Whatever a program cannot follow (module hooks, a
+    profiler, checkpointing, an input that requires a gradient, forwards with effects of their own, steps with more than
+    256 MiB of tensors) runs as before; :func:`fusion_report` says why.
 
     Raises TypeError if model is no module, ValueError on another memory_format or defer_bn.
 
@@ -126,6 +129,8 @@ def fusion_report(model: nn.Module, example_input: Any = None) -> FusionReport:
 
     ``.fused`` is the number of groups, ``.groups`` lists them, ``.left`` lists (name, reason); str() gives a table of
     80 columns and ``.to_json()`` the same as JSON. For a model that fuse() was not called on, everything is left.
+    ``.programs`` lists (call, reason) of the calls that the model has had on a CPU, by mode and input: reason is ""
+    where they run as one program (see :func:`fuse`).
 
     example_input: a tensor, or a tuple of the forward's arguments. A copy of the model then runs a training forward on
     it, fused and stock, and the report tells which backend ran each group and how many bytes are kept for the backward.

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import fastconv  # noqa: E402
-from fastconv._plan import evaluation  # noqa: E402
+from fastconv._plan import evaluation, gradients  # noqa: E402
 from fastconv.ops import choice, keys, registry  # noqa: E402
 from fastconv.ops import measure as measuring  # noqa: E402
 
@@ -143,6 +143,14 @@ def runs(monkeypatch) -> list:
     """The programs of a fused model's evaluation that ran, in order."""
     seen, real = [], evaluation.EvaluationPlan.run
     monkeypatch.setattr(evaluation.EvaluationPlan, "run", lambda plan, x: seen.append(plan) or real(plan, x))
+    return seen
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The programs of a fused model's training that ran forward, in order."""
+    seen, real = [], gradients.GradientPlan.run
+    monkeypatch.setattr(gradients.GradientPlan, "run", lambda plan, x: seen.append(plan) or real(plan, x))
     return seen
 
 

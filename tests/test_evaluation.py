@@ -11,13 +11,13 @@ import weakref
 import pytest
 import torch
 import torchvision
-from evaluation_util import eager, net, programs, reason
+from programs_util import eager, net, programs, reason
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
 import fastconv.functional as FF
 from fastconv import _ext
-from fastconv._plan import evaluation
+from fastconv._plan import programs as held
 
 if not _ext.HAS_EXT:
     pytest.skip(_ext.EXT_REASON, allow_module_level=True)
@@ -53,8 +53,8 @@ def test_a_shape_gets_its_program_at_its_second_call_and_few_are_kept(runs):
         x = torch.randn(size, 3, 8, 8)
         assert torch.equal(model(x), eager(model, x))
     assert len(runs) == 4 and len(programs(model)) == 3
-    kept = evaluation.Programs.of(model).found
-    assert len(kept) <= evaluation._KEPT
+    kept = held.Programs.of(model).found
+    assert len(kept) <= held._KEPT
 
 
 def test_with_gradients_it_is_the_eager_path(runs):

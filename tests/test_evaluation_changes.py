@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluation_util import eager, net, reason
+from programs_util import eager, net, reason
 from torch import nn
 
 import fastconv
 from fastconv import _ext
-from fastconv._plan import evaluation
+from fastconv._plan import programs as held
 
 if not _ext.HAS_EXT:
     pytest.skip(_ext.EXT_REASON, allow_module_level=True)
@@ -48,7 +48,7 @@ def test_what_changes_counts_at_once(runs):
         assert not torch.equal(now, last), i
         assert torch.equal(now, eager(model, x)), i
         last = now
-    evaluation.Programs.of(model).rebuilt = 0
+    held.Programs.of(model).rebuilt = 0
     check(True)
     handle = model[7].register_forward_hook(lambda module, args, out: seen.append(out) or out * 2)
     check(False, 20)
@@ -63,7 +63,7 @@ def test_what_changes_counts_at_once(runs):
 @torch.no_grad()
 def test_a_model_that_keeps_changing_is_left_alone(runs):
     model, x = net(), torch.randn(2, 3, 8, 8)
-    for _ in range(3 * evaluation._REBUILT):
+    for _ in range(3 * held._REBUILT):
         for _ in range(3):
             assert torch.equal(model(x), eager(model, x))
         model[0].weight = nn.Parameter(model[0].weight * 1.01)
@@ -71,6 +71,19 @@ def test_a_model_that_keeps_changing_is_left_alone(runs):
     for _ in range(4):
         model(x)
     assert len(runs) == before
+
+
+@torch.no_grad()
+def test_programs_that_have_served_are_made_again(runs, monkeypatch):
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    monkeypatch.setattr(held, "_WORTH", 3)
+    for _ in range(3 * held._REBUILT):
+        for _ in range(6):
+            model(x)
+        model[0].weight = nn.Parameter(model[0].weight * 1.01)
+    before = len(runs)
+    model(x), model(x)
+    assert len(runs) > before
 
 
 @torch.no_grad()

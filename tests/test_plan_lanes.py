@@ -124,6 +124,9 @@ def test_refuses_what_does_not_fit():
     for join in (0, 2):
         with pytest.raises(IndexError, match=f"join expected above 0 and at most 1, got {join}"):
             program.aside(0, join, cpu)
+    program.aside(0, 1, cpu)
+    with pytest.raises(RuntimeError, match="run_part expected a program without calls aside"):
+        program.run_part(0, 1)
 
 
 @pytest.mark.parametrize("planner", ("simt", "cuda"), indirect=True)

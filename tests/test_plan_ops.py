@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -155,6 +156,28 @@ def test_program_binds_values_slots_and_lists():
     assert program.size() == 2
 
 
+def test_program_runs_in_parts_and_lets_go_of_what_it_was_given():
+    build = Builder()
+    entry, grad = build.slot(), build.slot()
+    both = build.returning("aten::cat", [[entry, entry], 0])
+    cut = len(build.calls)
+    last = build.returning("aten::mul.Tensor", [both, grad])
+    program = build.finish()
+    value = torch.ones(2)
+    program.put_all([entry.index], [value])
+    program.run_part(0, cut)
+    with pytest.raises(RuntimeError):
+        program.get(last.index)  # the second part has not run
+    (kept,) = program.get_all([both.index])
+    program.clear()
+    end = weakref.ref(value.untyped_storage())
+    del value
+    assert end() is None  # nor does a list that a call is bound to hold it
+    program.put_all([both.index, grad.index], [kept, torch.full((4,), 3.0)])
+    program.run_part(cut, 2)
+    assert torch.equal(program.get_all([last.index])[0], torch.full((4,), 3.0))
+
+
 def test_program_refuses_what_does_not_fit():
     program = torch.classes.fastconv.Program(1)
     with pytest.raises(RuntimeError, match="expected 1 arguments, got 2"):
@@ -165,6 +188,15 @@ def test_program_refuses_what_does_not_fit():
         program.call("aten::relu", "", [None], [3, -1, 0], [0])
     with pytest.raises(RuntimeError):
         program.call("aten::no_such_operator", "", [], [], [])
+    with pytest.raises(IndexError, match="slot expected below 1, got 1"):
+        program.put_all([0, 1], [torch.ones(1)] * 2)
+    with pytest.raises(RuntimeError, match="values expected 1, got 0"):
+        program.put_all([0], [])
+    with pytest.raises(IndexError, match="slot expected below 1, got -1"):
+        program.get_all([-1])
+    for first, end in ((0, 1), (-1, 0), (1, 0)):
+        with pytest.raises(IndexError, match=f"calls expected within 0, got {first} to {end}"):
+            program.run_part(first, end)
 
 
 def test_buffers_that_live_together_share_no_memory():

@@ -235,7 +235,7 @@ at::Tensor conv_forward(const ConvParams& p, const at::Tensor& input, const at::
 
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,
                                                  const at::Tensor& input, const at::Tensor& weight,
-                                                 std::array<bool, 2> output_mask) {
+                                                 std::array<bool, 2> output_mask, const at::Tensor& into) {
   const auto format_x = input.suggest_memory_format(), format_w = weight.suggest_memory_format();
   if (input.numel() == 0 || grad_output.numel() == 0) {
     return {output_mask[0] ? at::zeros_like(input, {}, format_x) : at::Tensor(),
@@ -251,14 +251,14 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::
     output_mask[0] = false;
   }
   if (for_dw != ConvEngine::aten) {
-    dw = at::empty(w.sizes(), w.options(), kLast);
+    dw = into.defined() ? into : at::empty(w.sizes(), w.options(), kLast);
     engine_weight_grad(for_dw, p, dy, x, dw);
     output_mask[1] = false;
   }
   if (output_mask[0] || output_mask[1]) {
     auto [aten_dx, aten_dw] = aten_backward(p, dy, x, w.to(x.scalar_type()), output_mask);
     if (output_mask[0]) dx = aten_dx;
-    if (output_mask[1]) dw = aten_dw.to(w.scalar_type());
+    if (output_mask[1]) dw = into.defined() ? into.copy_(aten_dw) : aten_dw.to(w.scalar_type());
   }
   return {dx.defined() ? to_format(dx, format_x) : dx, dw.defined() ? to_format(dw, format_w) : dw};
 }

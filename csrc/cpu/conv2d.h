@@ -67,9 +67,10 @@ void with_types(const at::Tensor& x, const at::Tensor& weight, const F& run) {
 void conv_weight_grad_into(const ConvParams& p, const at::Tensor& grad_output, const at::Tensor& input,
                            const at::Tensor& weight, const at::Tensor& grad_weight);
 
-// Gradients in the layouts and dtypes of input and weight; undefined where not asked for.
+// Gradients in the layouts and dtypes of input and weight; undefined where not asked for. into: where the weight's
+// goes, of a channels_last weight's layout and dtype; undefined: a new tensor. Not of empty tensors.
 std::tuple<at::Tensor, at::Tensor> conv_backward(const ConvParams& p, const at::Tensor& grad_output,
                                                  const at::Tensor& input, const at::Tensor& weight,
-                                                 std::array<bool, 2> output_mask);
+                                                 std::array<bool, 2> output_mask, const at::Tensor& into = {});
 
 }  // namespace fastconv::cpu

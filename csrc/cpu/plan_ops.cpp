@@ -64,6 +64,19 @@ void conv2d_input_grad(const at::Tensor& grad_output, const at::Tensor& weight, 
   conv_input_grad(p, grad_output, weight, or_none(addend), grad_input);
 }
 
+at::Tensor conv2d_backward_into(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                int64_t groups, bool input_grad, const at::Tensor& grad_weight) {
+  constexpr const char* op = "fastconv_plan::conv2d_backward_into";
+  const ConvParams p = conv_backward_params(op, grad_output, input, weight, stride, padding, dilation, groups, true);
+  check_nhwc(op, "grad_weight", grad_weight);
+  check_dtype(op, "grad_weight", grad_weight, weight.scalar_type());
+  check_sizes(op, "grad_weight", grad_weight, weight.sizes());
+  TORCH_CHECK(input.numel() > 0 && grad_output.numel() > 0, op, ": input expected with elements, got ", input.sizes());
+  const at::Tensor dx = std::get<0>(conv_backward(p, grad_output, input, weight, {input_grad, true}, grad_weight));
+  return input_grad ? dx : no_tensor(input.options());
+}
+
 // weight: as the forward pass took it, of the input's dtype. grad_weight: fp32.
 void conv2d_weight_grad(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef geometry, const at::Tensor& grad_weight) {
@@ -193,6 +206,7 @@ TORCH_LIBRARY_IMPL(fastconv_plan, CPU, m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv2d_pack", &conv2d_pack);
   m.impl("conv2d_input_grad", &conv2d_input_grad);
+  m.impl("conv2d_backward_into", &conv2d_backward_into);
   m.impl("conv2d_weight_grad", &conv2d_weight_grad);
   m.impl("conv2d_weight_grad_update", &conv2d_weight_grad_update);
   m.impl("conv2d_backward_update", &conv2d_backward_update);

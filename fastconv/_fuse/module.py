@@ -17,8 +17,9 @@ from .runtime import profiling
 from .trace import base_class
 
 _classes: dict[type, type] = {}
-# fastconv._plan.evaluation's, which is above this module: (container, input, eager forward) -> result.
-EVALUATORS: list[Callable[..., Any]] = []
+# fastconv._plan.programs's, which is above this module: (container, input, eager forward) -> result.
+PROGRAMS: list[Callable[..., Any]] = []
+PROGRAMS_OF = "_fastconv_programs"  # the attribute of a container that holds its own
 
 
 class FusedMixin:
@@ -97,9 +98,9 @@ def fused_class(base: type) -> type:
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            evaluates = not (torch.compiler.is_compiling() or self.training or kwargs or torch.is_grad_enabled())
-            if evaluates and len(args) == 1 and EVALUATORS and not _has_global_hooks():
-                return EVALUATORS[0](self, args[0], eager)
+            usual = not torch.compiler.is_compiling() and self.training == torch.is_grad_enabled() and not kwargs
+            if usual and len(args) == 1 and PROGRAMS and not _has_global_hooks():
+                return PROGRAMS[0](self, args[0], eager)
             return eager(self, *args, **kwargs)
 
         def eager(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from .analysis import Analysis, opaque
 from .kept import measure
-from .module import FusedMixin, refresh
+from .module import PROGRAMS_OF, FusedMixin, refresh
 from .plan import CHANNELS_LAST, Group, Plan, Planner
 from .runtime import POOL_MODULES
 
@@ -31,7 +31,8 @@ class FusionReport:
     """The groups of a model that run as one operator each, and what was left to stock PyTorch.
 
     fused: number of groups. groups: list of :class:`Group`. left: (module name, reason) of every convolution, batch
-    norm and pool in no group, and of every container that could not be rewritten.
+    norm and pool in no group, and of every container that could not be rewritten. programs: (call, reason) of the
+    model's calls on a CPU so far; no reason where they run as one program.
     """
 
     model: str
@@ -41,18 +42,21 @@ class FusionReport:
     layers_fused: int = 0
     kept: int | None = None  # bytes that a training step on the example input keeps for its backward
     stock_kept: int | None = None  # the same of the stock model
+    programs: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def fused(self) -> int:
         return len(self.groups)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as a JSON object: model, fused, layers, layers_fused, kept, stock_kept, patterns, groups, left."""
+        """The report as a JSON object: model, fused, layers, layers_fused, kept, stock_kept, patterns, groups, left,
+        programs."""
         body = {
             "model": self.model, "fused": self.fused, "layers": self.layers, "layers_fused": self.layers_fused,
             "kept": self.kept, "stock_kept": self.stock_kept, "patterns": self.patterns(),
             "groups": [asdict(g) for g in self.groups],
             "left": [{"name": name, "reason": reason} for name, reason in self.left],
+            "programs": [{"call": call, "reason": reason} for call, reason in self.programs],
         }  # fmt: skip
         return json.dumps(body, indent=indent)
 
@@ -93,6 +97,8 @@ class FusionReport:
                 first, *rest = _wrap(reason, WIDTH - 31)
                 lines.append(f"{_cut(name or '(model)', 30):<30} {first}")
                 lines += [" " * 31 + text for text in rest]
+        if self.programs:
+            lines += [rule, *(f"{call}: {reason or 'one program'}" for call, reason in self.programs)]
         lines += [rule, "total: " + (", ".join(f"{n} {p}" for p, n in self.patterns().items()) or "nothing fused")]
         if measured:
             sizes = f"{self.kept / 2**20:.1f} MiB, stock {self.stock_kept / 2**20:.1f} MiB"
@@ -138,6 +144,8 @@ def _report(model: nn.Module) -> FusionReport:
         names.setdefault(id(module), name)
     order = {key: i for i, key in enumerate(names)}
     result = FusionReport(getattr(type(model), "_fastconv_base", type(model)).__name__)
+    held = model.__dict__.get(PROGRAMS_OF)
+    result.programs = [] if held is None else held.describe()
     reasons: dict[int, str] = {}
     fused: set[int] = set()
     planner = Planner(analysis, CHANNELS_LAST)

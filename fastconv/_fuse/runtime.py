@@ -162,7 +162,7 @@ def _conv_ready(conv: Any, x: Any) -> bool:
     return type(conv) is nn.Conv2d and not has_hooks(conv) and plain_input(x)
 
 
-def _norm_arguments(bn: Any) -> dict[str, Any] | None:
+def norm_arguments(bn: Any) -> dict[str, Any] | None:
     """What nn.BatchNorm2d.forward passes on, and num_batches_tracked where it would count; None if bn is not plain."""
     if is_norm_act(bn):
         if type(bn.drop) is not nn.Identity or has_hooks(bn.drop) or has_hooks(bn):
@@ -215,7 +215,7 @@ def conv_bn_act(
     """act(bn(conv(x)) + residual); act is a module, a name or None, add "", "add" or "iadd"."""
     inner = _inner_activation(bn)
     act, own = (None, inner) if act == INNER else (act, act)
-    name, norm = activation_name(own), _norm_arguments(bn)
+    name, norm = activation_name(own), norm_arguments(bn)
     if (
         not name
         or norm is None
@@ -250,7 +250,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: Any, nhwc: bool, add: str = "", residu
     """act(bn(x) + residual)."""
     inner = _inner_activation(bn)
     act, own = (None, inner) if act == INNER else (act, act)
-    name, norm = activation_name(own), _norm_arguments(bn)
+    name, norm = activation_name(own), norm_arguments(bn)
     if not name or norm is None or not plain_input(x) or (add and not fits(residual, x, tuple(x.shape), False)):
         return _stock(x, [bn], act, add, residual)
     x = channels_last(x) if nhwc else x

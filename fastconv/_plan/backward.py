@@ -42,6 +42,7 @@ class BackwardLowering(Lowering):
         self.needs: dict[Value, bool] = {network.input: False}
         self.grad_at: dict[Value, Any] = {}
         self.shared: set[int] = set()  # gradients that two values read: nothing may be written over them
+        self.parts: set[int] = set()  # gradients that are a part of a concatenation's, where they lie
         self.seen: set[int] = set()
         self.skips: dict[int, tuple[Tensor, list[Tensor]]] = {}  # parameters updated in live taps only: taps, state
 
@@ -94,12 +95,16 @@ class BackwardLowering(Lowering):
         if not self.wants(value):
             return
         if value in self.grad_at:
-            before = self.resolve(self.grad_at[value])
+            before = self.grad_at[value]
+            if isinstance(before, Pending):
+                before = self.resolve(before)
             place = self.build.returning("aten::add.Tensor", [before, place, 1])
         self.grad_at[value] = place
 
     def resolve(self, place: Any) -> Any:
-        """Emits the gradient if it is pending; where it is."""
+        """Emits the gradient if it is pending, or copies it out of another's; where it is."""
+        if id(place) in self.parts:
+            return nhwc(self.build, place)
         if not isinstance(place, Pending):
             return place
         self.build.call("fastconv_plan::conv2d_input_grad", [*place.arguments, place.into])
@@ -130,13 +135,18 @@ class BackwardLowering(Lowering):
             grad = self.build.returning("aten::to.dtype", [grad, BFLOAT16, False, False, None])
         if len(self.network.output.shape) == 4:
             grad = nhwc(self.build, grad)
+        self.walk(grad)
+        self._finish_small()
+        return result
+
+    def walk(self, grad: Any) -> None:
+        """Emits the backward of every node, from the result's gradient on."""
         self.give(self.network.output, grad)
         for node, backward in reversed(self.tape):
             if node.output in self.grad_at:
                 grad = self.grad_at.pop(node.output)
-                backward(grad if node.bn is not None else self.resolve(grad))
-        self._finish_small()
-        return result
+                takes_along = node.bn is not None and isinstance(grad, Pending)
+                backward(grad if takes_along else self.resolve(grad))
 
     def _finish_small(self) -> None:
         by_group: dict[int, list[tuple[Tensor, Any]]] = {}
@@ -270,7 +280,8 @@ class BackwardLowering(Lowering):
             for value in node.inputs:
                 if self.wants(value):
                     part = self.build.returning("aten::narrow", [grad, 1, at, value.shape[1]])
-                    self.give(value, nhwc(self.build, part))
+                    self.parts.add(id(part))  # most are added to others, which reads them where they lie
+                    self.give(value, part)
                 at += value.shape[1]
 
         self.tape.append((node, backward))
@@ -297,3 +308,15 @@ class BackwardLowering(Lowering):
         scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
         self._taped(node, "aten::native_dropout_backward", lambda g: [g, mask, scale])
         return out
+
+    def _drop_path(self, node: Node, x: Any) -> Any:
+        """torchvision.ops.stochastic_depth, of the same random numbers: one for each image, or for the batch."""
+        build, keep = self.build, 1.0 - node.options["p"]
+        rows = node.output.shape[0] if node.options["mode"] == "row" else 1
+        noise = build.returning(
+            "aten::new_empty", [x, [rows, *[1] * (len(node.output.shape) - 1)], None, None, None, None]
+        )
+        build.call("aten::bernoulli_.float", [noise, keep, None], [None])
+        build.call("aten::div_.Scalar", [noise, keep], [None])
+        self._taped(node, "aten::mul.Tensor", lambda grad: [grad, noise])
+        return build.returning("aten::mul.Tensor", [x, noise])

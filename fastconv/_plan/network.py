@@ -31,8 +31,8 @@ class Value:
 @dataclass(eq=False)
 class Node:
     """One step: ``op`` is conv, norm, max_pool, avg_pool, adaptive_avg_pool, linear, act, add, mul, cat, narrow,
-    reshape, transpose or dropout; the rest of the fields are what that step needs. stock: the model calls PyTorch's own
-    layer or function there, outside of a fused group."""
+    reshape, transpose, dropout or drop_path; the rest of the fields are what that step needs. stock: the model calls
+    PyTorch's own layer or function there, outside of a fused group."""
 
     op: str
     inputs: list[Value]

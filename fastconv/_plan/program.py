@@ -155,7 +155,7 @@ class Builder:
                 on_way[i] = reads, writes
         return {**found, **dict.fromkeys(on_way, len(self.calls))}
 
-    def last_uses(self, kept: Slot) -> dict[int, list[int]]:
+    def last_uses(self, *kept: Slot) -> dict[int, list[int]]:
         """Call -> the slots that no later call reads, but for ``kept``: to be emptied behind it."""
         last: dict[int, int] = {}
         for i, call in enumerate(self.calls):
@@ -163,7 +163,7 @@ class Builder:
             last.update((slot.index, i) for slot in (*parts, *call.results) if isinstance(slot, Slot))
         found: dict[int, list[int]] = {}
         for index, i in last.items():
-            if index != kept.index:
+            if all(index != slot.index for slot in kept):
                 found.setdefault(i, []).append(index)
         return found
 

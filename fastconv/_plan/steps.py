@@ -135,7 +135,11 @@ def foreign(function: Any) -> Callable[..., Any] | None:
 
 
 def _stochastic_depth(f: Flattener, input: Value, p: float, mode: str, training: bool = True) -> Value:
-    return input if not training or p == 0.0 else _refuse("stochastic depth in training")
+    if not training or p == 0.0:
+        return input
+    if p == 1.0:
+        _refuse("stochastic depth that drops everything")
+    return f.add("drop_path", [input], input.shape, options={"p": p, "mode": mode})
 
 
 # Functions of packages that need not be installed, by name.

@@ -1,0 +1,66 @@
+"""What the programs of a fused model's own calls share: they run the operators that its groups would call, on the
+modules' own tensors, so what is changed in place takes effect at once."""
+
+from __future__ import annotations
+
+import dis
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flatten import Flattener
+from .network import Node, Refused, Value
+
+_GROUPS = {"conv", "norm", "max_pool", "avg_pool", "adaptive_avg_pool"}
+_KEEP_LAYOUT = _GROUPS | {"act", "add", "mul", "cat", "drop_path"}
+
+
+class LiveTensors:
+    """A lowering's tensors that the calls are bound to where they lie."""
+
+    dtype: torch.dtype  # of the calls
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tensors: list[Tensor] = []
+        self.channels_last: set[Value] = set()  # what the eager path has in this layout for certain
+
+    def lower(self, node: Node) -> None:
+        # PyTorch's own layers round by layout: theirs is channels_last behind a group, and unknown elsewhere.
+        known = all(v in self.channels_last and not v.relaid for v in node.inputs)
+        if node.stock and node.op in ("conv", "norm") and not known:
+            raise Refused(f"PyTorch's own {node.op} runs before the first group, in a layout that is the eager path's")
+        super().lower(node)
+        if (known and node.op in _KEEP_LAYOUT) or (not node.stock and node.op in _GROUPS):
+            self.channels_last.add(node.output)
+
+    def live(self, t: Tensor | None, *dtypes: torch.dtype) -> Tensor | None:
+        """The tensor's alias without gradient; of the calls' dtype, or one of ``dtypes``."""
+        if t is None:
+            return None
+        plain = type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout is torch.strided
+        if not plain or t.dtype not in (self.dtype, *dtypes):
+            raise Refused(f"a {type(t).__name__} of {t.dtype} on {t.device} beside an input of {self.dtype}")
+        self.tensors.append(t)
+        return t.detach()
+
+
+class LiveFlattener(Flattener):
+    def stock(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A container that fuse() has left alone runs its own Python in the eager path, which may do more."""
+        if _has_effects(type(module).forward):
+            raise Refused(f"{type(module).__name__}.forward may do more than compute its result")
+        return super().stock(module, args, kwargs)
+
+
+def _has_effects(function: Any) -> bool:
+    """Whether a function's own code calls something for its effect, or stores elsewhere than in its local names."""
+    before = ""
+    for step in dis.get_instructions(function):
+        if step.opname == "POP_TOP" and before.startswith("CALL"):
+            return True
+        if step.opname.startswith(("STORE_", "DELETE_")) and not step.opname.startswith(("STORE_FAST", "DELETE_FAST")):
+            return True
+        before = step.opname
+    return False
