@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from programs_util import eager, net, programs, reason
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv
@@ -30,15 +31,17 @@ MODELS = (
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind", ("float32", "bfloat16", "autocast"))
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_same_bits_as_the_eager_path(name, dtype, runs):
+def test_the_same_bits_as_the_eager_path(name, kind, runs):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     model = fastconv.fuse(torchvision.models.get_model(name, num_classes=7).eval().to(dtype), inplace=True)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 40, 40, dtype=dtype).contiguous(memory_format=layout)
-        outs = [model(x) for _ in range(3)]
-        expected = eager(model, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            outs = [model(x) for _ in range(3)]
+            expected = eager(model, x)
         assert all(torch.equal(out, expected) for out in outs) and outs[-1].stride() == expected.stride()
     assert len(programs(model)) == 1 and len(runs) == 5, reason(model)
 
@@ -189,3 +192,30 @@ def test_no_python_between_the_layers(monkeypatch):
     for name in ("conv2d_bn_act", "conv2d_bias_act", "max_pool2d", "adaptive_avg_pool2d"):
         monkeypatch.setattr(FF, name, never)
     model(x)
+
+
+@torch.no_grad()
+def test_autocast_is_another_call(runs):
+    """Of the same shape: with it, without it, and with a type that the programs leave to the eager path."""
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        for dtype in (None, torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                assert model(x).dtype is (dtype or torch.float32)
+    assert len(runs) == 2 and len(programs(model)) == 2
+    norms = fastconv.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()), inplace=True).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(norms(x).dtype is torch.float32 for _ in range(3))
+    assert len(runs) == 2 and "before the first convolution" in reason(norms)
+
+
+def test_windows_that_the_kernels_do_not_take(runs, trained):
+    layers = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.MaxPool2d(17), nn.Flatten(), nn.Linear(4, 2)
+    model = fastconv.fuse(nn.Sequential(*layers), inplace=True)
+    for _ in range(3):
+        model(torch.randn(2, 3, 20, 20)).sum().backward()
+    with torch.no_grad():
+        model.eval()
+        for _ in range(3):
+            model(torch.randn(2, 3, 20, 20))
+    assert not runs and not trained and "windows" in reason(model)

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from .forward import Lowering, geometry, nhwc
 from .kernels import Kernels
 from .live import LiveFlattener, LiveTensors
-from .network import Node, Refused, Watch
+from .network import Node, Refused, Value, Watch
 from .program import Slot
 
 
 class EvaluationLowering(LiveTensors, Lowering):
     """The raw operators that fastconv.functional calls, on the modules' own tensors."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, wide: Value | None) -> None:
         super().__init__(dtype, Kernels(torch.device("cpu")))
+        self.wide = wide
 
     def norm(self, bn: nn.BatchNorm2d) -> list[Any]:
         """weight, bias and the running statistics; the count of batches, which evaluation leaves alone."""
@@ -35,9 +36,10 @@ class EvaluationLowering(LiveTensors, Lowering):
         conv, bn, out = node.module, node.bn, self.build.slot()
         shape = geometry(node)
         where = [shape[0:2], shape[2:4], shape[4:6], shape[6]]
-        given = [x, self.live(conv.weight), self.live(conv.bias), self.residual(node)]
+        x, bias = self.multiplied(node, x), self.half(conv.bias)
         if node.stock:
-            return self.build.returning("aten::conv2d", [*given[:3], *where])
+            return self.build.returning("aten::conv2d", [x, self.half(conv.weight), bias, *where])
+        given = [x, self.live(conv.weight), bias, self.residual(node)]
         if bn is None:
             self.build.call("fastconv::conv2d_bias_act", [*given, *where, node.act, False], [out, None])
         else:
@@ -62,7 +64,7 @@ class EvaluationLowering(LiveTensors, Lowering):
 
     def _linear(self, node: Node, x: Any) -> Any:
         layer = node.module
-        return self.build.returning("aten::linear", [x, self.live(layer.weight), self.live(layer.bias)])
+        return self.build.returning("aten::linear", [x, self.half(layer.weight), self.half(layer.bias)])
 
     def library(self, node: Node) -> str:
         return "aten" if node.stock else super().library(node)
@@ -72,8 +74,6 @@ class EvaluationLowering(LiveTensors, Lowering):
         if node.stock:
             window = [list(o[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
             return self.build.returning("aten::max_pool2d", [x, *window, o["ceil_mode"]])
-        if o["kernel_size"][0] * o["kernel_size"][1] > 256:
-            raise Refused("a max-pool whose windows the eager path leaves to aten")
         return self.max_pool(node, x, None)
 
     def _adaptive_avg_pool(self, node: Node, x: Any) -> Any:
@@ -85,12 +85,8 @@ class EvaluationLowering(LiveTensors, Lowering):
 class EvaluationPlan:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         network = LiveFlattener(model, False).network(tuple(x.shape))
-        for m in network.modules:
-            if m.__dict__.get("_fastconv_options", ("channels_last",))[0] != "channels_last":
-                raise Refused("the model was fused in its own layouts")
-        if len(network.output.shape) == 4:
-            raise Refused("the result is a feature map, whose layout is the eager path's")
-        lowering = EvaluationLowering(x.dtype)
+        low = torch.is_autocast_enabled("cpu")
+        lowering = EvaluationLowering(torch.bfloat16 if low else x.dtype, network.input if low else None)
         build = lowering.build
         self.entry = build.slot()
         lowering.at[network.input] = nhwc(build, self.entry)

@@ -74,6 +74,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
     def __init__(self, network: Network, dtype: torch.dtype, memory: Memory) -> None:
         super().__init__(network, dtype, Kernels(torch.device("cpu")), None)
         self.low = dtype is not torch.float32
+        self.wide = network.input if self.low else None
         self.memory = memory
         self.read_where: dict[int, Tensor] = {}  # a bound tensor: the module's own
         self.rounded: list[Tensor] = []  # parameters whose copies the backward reads
@@ -103,18 +104,10 @@ class GradientLowering(LiveTensors, BackwardLowering):
     # --- parameters ---
 
     def live(self, t: Tensor | None, *dtypes: torch.dtype) -> Tensor | None:
-        alias = super().live(t, torch.float32, *dtypes)
+        alias = super().live(t, *dtypes)
         if alias is not None:
             self.read_where[id(alias)] = t
         return alias
-
-    def half(self, parameter: Tensor) -> Any:
-        """The parameter as the operators that autocast covers see it."""
-        alias = self.live(parameter)
-        return self.cast(alias, BFLOAT16) if self.low else alias
-
-    def cast(self, value: Any, dtype: int) -> Any:
-        return self.build.returning("aten::to.dtype", [value, dtype, False, False, None])
 
     def reuse(self, parameter: Tensor) -> Slot:
         """A slot with memory for the parameter's gradient, which is the gradient then."""
@@ -136,10 +129,6 @@ class GradientLowering(LiveTensors, BackwardLowering):
     def lower(self, node: Node) -> None:
         if node.stock and node.op.endswith("pool") and not node.options.get("mean"):
             raise Refused(f"PyTorch's own {node.op} runs outside of the groups")
-        read = [*node.inputs, *([] if node.residual is None else [node.residual])]
-        # The entry is not of the groups' dtype under autocast: a convolution casts it, others compute in float32.
-        if self.low and self.network.input in (read if node.op != "conv" else read[1:]):
-            raise Refused(f"a {node.op} in float32 before the first convolution")
         if node.bn is not None and math.prod(node.output.shape) == node.output.shape[1]:
             raise Refused("a batch norm of one value per channel")
         super().lower(node)
@@ -168,8 +157,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         conv, bn, build = node.module, node.bn, self.build
         where = geometry(node)
         shape = [where[0:2], where[2:4], where[4:6], where[6]]
-        if self.low and node.inputs[0] is self.network.input:
-            x = self.cast(x, BFLOAT16)
+        x = self.multiplied(node, x)
         bias = None if conv.bias is None else self.half(conv.bias)
         if node.stock:
             return self._stock_conv(node, x, bias, shape)

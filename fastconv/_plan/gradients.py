@@ -33,11 +33,6 @@ class GradientPlan:
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
             raise Refused("a parameter has gradient hooks, which may rest on its gradient's coming alone")
         network = LiveFlattener(model, True).network(tuple(x.shape))
-        for m in network.modules:
-            if m.__dict__.get("_fastconv_options", ("channels_last",))[0] != "channels_last":
-                raise Refused("the model was fused in its own layouts")
-        if len(network.output.shape) == 4:
-            raise Refused("the result is a feature map, whose layout is the eager path's")
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         tensors = sum(math.prod(n.output.shape) * (1 if n.bn is None else 2) for n in network.nodes)
         if tensors * dtype.itemsize > _MOST_KEPT:

@@ -140,17 +140,23 @@ def _usual(x: Any) -> bool:
     )
 
 
+def _rounded(x: Tensor) -> bool:
+    """Whether autocast is off, or one that the programs know."""
+    if not torch.is_autocast_enabled("cpu"):
+        return True
+    return x.dtype is torch.float32 and torch.get_autocast_dtype("cpu") is torch.bfloat16
+
+
 def _evaluates(x: Tensor) -> bool:
-    return x.dtype in _EVALUATED and not torch.is_autocast_enabled("cpu")
+    return x.dtype in _EVALUATED and _rounded(x)
 
 
 def _trains(x: Tensor) -> bool:
     """Whether autograd would see each group's Function, and nobody asks for more: hooks on what is saved (activation
     checkpointing is such), anomaly detection, DistributedDataParallel's gradients while others are still computed."""
-    lower = torch.is_autocast_enabled("cpu")
     return (
         x.dtype is torch.float32
-        and (not lower or torch.get_autocast_dtype("cpu") is torch.bfloat16)
+        and _rounded(x)
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and torch._C._autograd._saved_tensors_hooks_is_enabled()
         and not torch.is_anomaly_enabled()
