@@ -31,21 +31,25 @@ class Reused : public torch::CustomClassHolder {
     std::vector<at::Tensor> out;
     out.reserve(kept_.size());
     for (size_t i = 0; i < kept_.size(); ++i) {
-      at::Tensor& kept = kept_[i];
-      // Whoever holds a view, an array of numpy's or a saved tensor holds the storage.
-      if (!kept.defined() || kept.storage().use_count() != 1) {
+      Kept& kept = kept_[i];
+      // Whoever holds a view, an array of numpy's or a saved tensor holds the storage; another process has it where its
+      // memory was moved to be shared.
+      const bool free = kept.tensor.defined() && kept.tensor.storage().use_count() == 1 &&
+                        kept.tensor.storage().data() == kept.memory;
+      if (!free) {
         const Shape& s = shapes_[i];
-        kept = at::empty_strided(s.sizes, s.strides, s.options);
+        kept.tensor = at::empty_strided(s.sizes, s.strides, s.options);
+        kept.memory = kept.tensor.storage().data();
       }
       // Another tensor of the same storage, so that autograd finds one that nobody else has and need not copy it.
-      out.emplace_back(kept.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), false));
+      out.emplace_back(kept.tensor.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), false));
     }
     return out;
   }
 
   // Lets go of the memory.
   void clear() {
-    for (at::Tensor& t : kept_) t = at::Tensor();
+    for (Kept& kept : kept_) kept = {};
   }
 
  private:
@@ -53,8 +57,12 @@ class Reused : public torch::CustomClassHolder {
     std::vector<int64_t> sizes, strides;
     at::TensorOptions options;
   };
+  struct Kept {
+    at::Tensor tensor;
+    const void* memory = nullptr;  // where it was made
+  };
   std::vector<Shape> shapes_;
-  std::vector<at::Tensor> kept_;
+  std::vector<Kept> kept_;
 };
 
 }  // namespace

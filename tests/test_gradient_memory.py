@@ -118,6 +118,11 @@ def test_memory_that_is_used_again():
     del second
     third = [t.data_ptr() for t in reused.take()]
     assert third[0] != places[0] and third[1] == places[1] and held.numel() == 10
+    shared = reused.take()[0].fill_(7.0)
+    shared.share_memory_()  # as a queue between processes does: the other one may hold it longer
+    place = shared.data_ptr()
+    del shared
+    assert reused.take()[0].data_ptr() != place
     weak = weakref.ref(reused.take()[0].untyped_storage())
     assert weak() is not None
     reused.clear()

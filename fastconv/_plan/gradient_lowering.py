@@ -22,8 +22,6 @@ from .network import Network, Node, Refused
 from .program import Slot
 
 _CONTIGUOUS = 0  # torch.contiguous_format as operators take it
-
-
 _LARGE = 1 << 15  # elements, 128 KiB: malloc gives blocks from there on back to the system
 
 
@@ -92,8 +90,8 @@ class GradientLowering(LiveTensors, BackwardLowering):
         """The slots that the backward reads and the forward fills."""
         calls = self.build.calls
         made = {s.index for c in calls[: self.cut] for s in c.results if s is not None}
-        read = {s.index for c in calls[self.cut :] for s in c.arguments if isinstance(s, Slot)}
-        return sorted(made & read)
+        parts = [p for c in calls[self.cut :] for a in c.arguments for p in (a if isinstance(a, list) else (a,))]
+        return sorted(made & {s.index for s in parts if isinstance(s, Slot)})
 
     def parameters_read(self) -> list[Tensor]:
         """The modules' own tensors that the backward reads: nobody may change them before it."""
