@@ -59,10 +59,10 @@ def fuse(
     On a CPU a fused module with one 4-d input and a result that is no feature map runs from the second call with an
     input shape on as one program of the operators that it would call, on the live weights: the same bits, without
     Python between the layers. So it does in evaluation without gradients, and in training with them, in float32 or
-    under bfloat16 autocast (evaluation in bfloat16 too). In training forward and backward are one autograd Function, and the memory of
-    large gradients that nobody holds any more is used again. Whatever a program cannot follow (module hooks, a
-    profiler, checkpointing, an input that requires a gradient, forwards with effects of their own, steps with more than
-    256 MiB of tensors) runs as before; :func:`fusion_report` says why.
+    under bfloat16 autocast (evaluation in bfloat16 too). In training forward and backward are one autograd Function,
+    and the memory of large gradients that nobody holds any more is used again. Whatever a program cannot follow (module
+    hooks, a profiler, checkpointing, an input that requires a gradient, forwards with effects of their own, steps with
+    more than 256 MiB of tensors) runs as before; :func:`fusion_report` says why.
 
     Raises TypeError if model is no module, ValueError on another memory_format or defer_bn.
 

@@ -95,7 +95,8 @@ def test_gradients(shape, dtype, wide):
     stock, exact = p.gradients(dtype), p.gradients(torch.float64)
     got = RAW.conv2d_backward(p.g, p.x, p.w, *p.lists, [True, True])
     for mine, theirs, oracle in zip(got, stock, exact, strict=True):
-        close(mine, theirs, oracle)
+        # oneDNN 3.10 leaves the gradient of bf16 taps that read padding alone unwritten: it may be NaN.
+        close(mine, torch.where(oracle == 0, 0.0, theirs), oracle)
     assert got[1].dtype is p.w.dtype
     for i in (0, 1):
         alone = RAW.conv2d_backward(p.g, p.x, p.w, *p.lists, [i == 0, i == 1])[i]
