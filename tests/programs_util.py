@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
 import fastconv
 from fastconv._plan import evaluation, gradients
 from fastconv._plan.programs import Programs, Refusal
+
+MODELS = (
+    "resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "mobilenet_v2", "mobilenet_v3_small",
+    "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "efficientnet_b0",
+)  # fmt: skip
+
+
+def in_threads(work, *arguments) -> None:
+    """work(*a) of all of them at a time."""
+    threads = [threading.Thread(target=work, args=a) for a in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def net(seed: int = 0) -> nn.Module:

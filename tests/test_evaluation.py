@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
 
 import pytest
 import torch
 import torchvision
-from programs_util import eager, net, programs, reason
+from programs_util import MODELS, eager, in_threads, net, programs, reason
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,12 +21,6 @@ from fastconv._plan import programs as held
 
 if not _ext.HAS_EXT:
     pytest.skip(_ext.EXT_REASON, allow_module_level=True)
-
-
-MODELS = (
-    "resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "mobilenet_v2", "mobilenet_v3_small",
-    "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "efficientnet_b0",
-)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -151,11 +144,7 @@ def test_threads_share_it():
                 if not torch.equal(model(x), want):
                     wrong.append(1)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(xs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, *zip(xs, expected, strict=True))
     assert not wrong and programs(model)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 
 import pytest
 import torch
-from programs_util import batch, eager, same, step
+from programs_util import batch, eager, in_threads, same, step
 from torch import nn
 
 import fastconv
@@ -152,9 +151,5 @@ def test_threads_share_it(trained):
             if not all(same(a, b) for a, b in zip(got, expected, strict=True)):
                 wrong.append(1)
 
-    threads = [threading.Thread(target=work, args=args) for args in zip(pairs, want, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, *zip(pairs, want, strict=True))
     assert not wrong and len(trained) > 20

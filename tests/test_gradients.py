@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import torchvision
-from programs_util import assert_same_step, batch, eager, net, programs, reason, same, step, training_net
+from programs_util import MODELS, assert_same_step, batch, eager, net, programs, reason, same, step, training_net
 from torch import nn
 
 import fastconv
@@ -20,12 +20,6 @@ from fastconv._plan import gradients
 
 if not _ext.HAS_EXT:
     pytest.skip(_ext.EXT_REASON, allow_module_level=True)
-
-
-MODELS = (
-    "resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "mobilenet_v2", "mobilenet_v3_small",
-    "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "efficientnet_b0",
-)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -313,10 +313,12 @@ class BackwardLowering(Lowering):
         """torchvision.ops.stochastic_depth, of the same random numbers: one for each image, or for the batch."""
         build, keep = self.build, 1.0 - node.options["p"]
         rows = node.output.shape[0] if node.options["mode"] == "row" else 1
-        noise = build.returning(
-            "aten::new_empty", [x, [rows, *[1] * (len(node.output.shape) - 1)], None, None, None, None]
-        )
-        build.call("aten::bernoulli_.float", [noise, keep, None], [None])
-        build.call("aten::div_.Scalar", [noise, keep], [None])
+        size = [rows, *[1] * (len(node.output.shape) - 1)]
+        return self.dropped(node, x, build.returning("aten::new_empty", [x, size, None, None, None, None]), keep)
+
+    def dropped(self, node: Node, x: Any, noise: Slot, keep: float) -> Slot:
+        """x times noise of zeros and 1 / keep."""
+        self.build.call("aten::bernoulli_.float", [noise, keep, None], [None])
+        self.build.call("aten::div_.Scalar", [noise, keep], [None])
         self._taped(node, "aten::mul.Tensor", lambda grad: [grad, noise])
-        return build.returning("aten::mul.Tensor", [x, noise])
+        return self.build.returning("aten::mul.Tensor", [x, noise])

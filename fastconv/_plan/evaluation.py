@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import Lowering, geometry, nhwc
+from .forward import Lowering, nhwc
 from .kernels import Kernels
-from .live import LiveFlattener, LiveTensors
+from .live import LiveFlattener, LiveTensors, settings
 from .network import Node, Refused, Value, Watch
 from .program import Slot
 
@@ -34,8 +34,7 @@ class EvaluationLowering(LiveTensors, Lowering):
 
     def _conv(self, node: Node, x: Any) -> Any:
         conv, bn, out = node.module, node.bn, self.build.slot()
-        shape = geometry(node)
-        where = [shape[0:2], shape[2:4], shape[4:6], shape[6]]
+        where = settings(node)
         x, bias = self.multiplied(node, x), self.half(conv.bias)
         if node.stock:
             return self.build.returning("aten::conv2d", [x, self.half(conv.weight), bias, *where])

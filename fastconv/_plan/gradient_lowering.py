@@ -15,14 +15,19 @@ from .._fuse import runtime
 from ..autograd.batch_norm_act import slope_from_input
 from ..autograd.common import saves_output
 from .backward import BFLOAT16, FLOAT32, BackwardLowering
-from .forward import geometry, nhwc
+from .forward import nhwc
 from .kernels import Kernels
-from .live import LiveTensors
+from .live import LiveTensors, settings
 from .network import Network, Node, Refused
 from .program import Slot
 
 _CONTIGUOUS = 0  # torch.contiguous_format as operators take it
 _LARGE = 1 << 15  # elements, 128 KiB: malloc gives blocks from there on back to the system
+
+
+def _trained(layer: nn.Module) -> list[bool]:
+    """Whether the weight is, and the bias."""
+    return [p is not None and p.requires_grad for p in (layer.weight, layer.bias)]
 
 
 class Memory:
@@ -90,8 +95,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         """The slots that the backward reads and the forward fills."""
         calls = self.build.calls
         made = {s.index for c in calls[: self.cut] for s in c.results if s is not None}
-        parts = [p for c in calls[self.cut :] for a in c.arguments for p in (a if isinstance(a, list) else (a,))]
-        return sorted(made & {s.index for s in parts if isinstance(s, Slot)})
+        return sorted(made & {s.index for c in calls[self.cut :] for s in c.slots_read()})
 
     def parameters_read(self) -> list[Tensor]:
         """The modules' own tensors that the backward reads: nobody may change them before it."""
@@ -136,7 +140,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         weight = self.half(conv.weight)
 
         def backward(grad: Any) -> None:
-            mask = [self.wants(node.inputs[0]), *(p is not None and p.requires_grad for p in (conv.weight, conv.bias))]
+            mask = [self.wants(node.inputs[0]), *_trained(conv)]
             slots = [build.slot() if wanted else None for wanted in mask]
             sizes = None if bias is None else [conv.out_channels]
             build.call(
@@ -153,10 +157,8 @@ class GradientLowering(LiveTensors, BackwardLowering):
 
     def _conv(self, node: Node, x: Any) -> Any:
         conv, bn, build = node.module, node.bn, self.build
-        where = geometry(node)
-        shape = [where[0:2], where[2:4], where[4:6], where[6]]
-        x = self.multiplied(node, x)
-        bias = None if conv.bias is None else self.half(conv.bias)
+        shape = settings(node)
+        x, bias = self.multiplied(node, x), self.half(conv.bias)
         if node.stock:
             return self._stock_conv(node, x, bias, shape)
         weight, residual, out = self.live(conv.weight), self.residual(node), build.slot()
@@ -176,8 +178,8 @@ class GradientLowering(LiveTensors, BackwardLowering):
             )
 
         def backward(grad: Any) -> None:
-            needs = [self.wants(node.inputs[0]), conv.weight.requires_grad]
-            biased = conv.bias is not None and conv.bias.requires_grad
+            trains, biased = _trained(conv)
+            needs = [self.wants(node.inputs[0]), trains]
             dz = grad
             if finish is not None:
                 dz = finish(grad, any(needs) or biased)
@@ -189,32 +191,36 @@ class GradientLowering(LiveTensors, BackwardLowering):
                 build.call("fastconv::act_bias_backward", [dz, None, "identity", [False, True]], [None, bias_grad])
             if biased:
                 self.gradient(conv.bias, self.cast(bias_grad, BFLOAT16) if self.low else bias_grad)
-            dx, dw = (build.slot() if need else None for need in needs)
+            dx = build.slot() if needs[0] else None
             large = conv.weight.numel() >= _LARGE and conv.weight.is_contiguous(memory_format=torch.channels_last)
             if needs[1] and large:
-                dw = self.reuse(conv.weight)
-                build.call("fastconv_plan::conv2d_backward_into", [dz, x, weight, *shape, needs[0], dw], [dx])
+                into = self.reuse(conv.weight)
+                build.call("fastconv_plan::conv2d_backward_into", [dz, x, weight, *shape, needs[0], into], [dx])
             elif any(needs):
+                dw = build.slot() if needs[1] else None
+                if needs[1]:
+                    self.grads[id(conv.weight)] = conv.weight, dw
                 build.call("fastconv::conv2d_backward", [dz, x, weight, *shape, needs], [dx, dw])
             # As the Function hands them on: the input's gradient, then the residual's.
             if needs[0]:
                 self.give(node.inputs[0], dx)
-            if needs[1]:
-                self.grads[id(conv.weight)] = conv.weight, dw
             if self.wants(node.residual) and bn is None:
                 self.give(node.residual, dz)
 
         self.tape.append((node, backward))
         return out
 
+    def _norm_tensors(self, bn: nn.BatchNorm2d) -> tuple[dict[str, Any], list[Tensor | None]]:
+        """What the layer passes on, and of it weight, bias, running mean, variance and count."""
+        given = runtime.norm_arguments(bn)
+        tensors = [bn.weight, bn.bias, given["running_mean"], given["running_var"]]
+        return given, [*map(self.live, tensors), self.live(given["num_batches_tracked"], torch.int64)]
+
     def _norm_of(self, node: Node, out: Slot, raw: Slot | None = None) -> tuple[Slot, list[list[Any]], Any]:
         """Of a group's batch norm: the slot that it normalises, its arguments (tensors, then settings) and results, and
         what emits its backward, which gives the gradient of that slot."""
         bn, build = node.bn, self.build
-        given = runtime.norm_arguments(bn)
-        stats = [self.live(given[key]) for key in ("running_mean", "running_var")]
-        count = self.live(given["num_batches_tracked"], torch.int64)
-        weight, bias = self.live(bn.weight), self.live(bn.bias)
+        given, (weight, bias, *stats, count) = self._norm_tensors(bn)
         residual, mean, invstd = self.residual(node), build.slot(), build.slot()
         raw = raw or build.slot()
         recompute = slope_from_input(node.act, True, residual is not None)
@@ -224,7 +230,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         ]  # fmt: skip
 
         def backward(grad: Any, need: bool) -> Any:
-            trained = [p is not None and p.requires_grad for p in (bn.weight, bn.bias)]
+            trained = _trained(bn)
             passed_on = node.act == "identity" and self.wants(node.residual)
             mask = [need, self.wants(node.residual) and not passed_on, *trained]
             slots = [build.slot() if wanted else None for wanted in mask]
@@ -245,10 +251,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         bn, build = node.bn, self.build
         if bn.momentum is None:
             raise Refused("PyTorch's own batch norm with momentum=None")
-        given = runtime.norm_arguments(bn)
-        weight, bias = self.live(bn.weight), self.live(bn.bias)
-        stats = [self.live(given[key]) for key in ("running_mean", "running_var")]
-        count = self.live(given["num_batches_tracked"], torch.int64)
+        _, (weight, bias, *stats, count) = self._norm_tensors(bn)
         out, mean, invstd = (build.slot() for _ in range(3))
         if count is not None:
             build.call("aten::add_.Scalar", [count, 1, 1], [None])
@@ -256,7 +259,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         build.call("aten::native_batch_norm", [x, weight, bias, *stats, *settings], [out, mean, invstd])
 
         def backward(grad: Any) -> None:
-            mask = [self.wants(node.inputs[0]), *(p is not None and p.requires_grad for p in (bn.weight, bn.bias))]
+            mask = [self.wants(node.inputs[0]), *_trained(bn)]
             slots = [build.slot() if wanted else None for wanted in mask]
             saved = [x, weight, None, None, mean, invstd]  # the running statistics are for evaluation
             build.call("aten::native_batch_norm_backward", [grad, *saved, True, bn.eps, mask], slots)
@@ -288,8 +291,7 @@ class GradientLowering(LiveTensors, BackwardLowering):
         layer, build = node.module, self.build
         if layer.weight.numel() < _LARGE or not layer.weight.is_contiguous():
             return super()._linear(node, x)
-        weight = self.live(layer.weight)
-        bias = None if layer.bias is None else self.half(layer.bias)
+        weight, bias = self.live(layer.weight), self.half(layer.bias)
         if self.low:
             half = self.memory.half(layer.weight)
             build.call("aten::copy_", [half, weight, False], [None])
@@ -331,8 +333,5 @@ class GradientLowering(LiveTensors, BackwardLowering):
         if maps:
             x = build.returning("aten::contiguous", [x, _CONTIGUOUS])
         noise = build.returning("aten::empty_like", [x, None, None, None, None, None])
-        build.call("aten::bernoulli_.float", [noise, 1.0 - p, None], [None])
-        build.call("aten::div_.Scalar", [noise, 1.0 - p], [None])
-        self._taped(node, "aten::mul.Tensor", lambda grad: [grad, noise])
-        out = build.returning("aten::mul.Tensor", [x, noise])
+        out = self.dropped(node, x, noise, 1.0 - p)
         return nhwc(build, out) if maps else out

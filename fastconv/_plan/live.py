@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from .backward import BFLOAT16
 from .flatten import Flattener
+from .forward import geometry
 from .network import Network, Node, Refused, Value
 
 _GROUPS = {"conv", "norm", "max_pool", "avg_pool", "adaptive_avg_pool"}
 _KEEP_LAYOUT = _GROUPS | {"act", "add", "mul", "cat", "drop_path"}
+
+
+def settings(node: Node) -> list[Any]:
+    """stride, padding, dilation and groups of a convolution, as operators take them."""
+    g = geometry(node)
+    return [g[0:2], g[2:4], g[4:6], g[6]]
 
 
 class LiveTensors:
@@ -29,7 +36,7 @@ class LiveTensors:
         self.channels_last: set[Value] = set()  # what the eager path has in this layout for certain
         self.wide: Value | None = None  # under bfloat16 autocast: the entry, in float32 as the parameters
 
-    def half(self, parameter: Tensor) -> Any:
+    def half(self, parameter: Tensor | None) -> Any:
         """The parameter as the operators that autocast covers see it."""
         alias = self.live(parameter)
         return alias if self.wide is None or alias is None else self.cast(alias, BFLOAT16)

@@ -55,6 +55,10 @@ class Call:
     results: list[Slot | None] = field(default_factory=list)
     aside: bool = False
 
+    def slots_read(self) -> list[Slot]:
+        parts = [part for value in self.arguments for part in (value if isinstance(value, list) else (value,))]
+        return [part for part in parts if isinstance(part, Slot)]
+
     def touched(self) -> tuple[set[Any], set[Any]]:
         """What the call reads and what it writes, by the schema: slots, buffers, and the memory of other tensors."""
         reads: set[Any] = set()
@@ -159,8 +163,7 @@ class Builder:
         """Call -> the slots that no later call reads, but for ``kept``: to be emptied behind it."""
         last: dict[int, int] = {}
         for i, call in enumerate(self.calls):
-            parts = [part for value in call.arguments for part in (value if isinstance(value, list) else (value,))]
-            last.update((slot.index, i) for slot in (*parts, *call.results) if isinstance(slot, Slot))
+            last.update((slot.index, i) for slot in (*call.slots_read(), *call.results) if slot is not None)
         found: dict[int, list[int]] = {}
         for index, i in last.items():
             if all(index != slot.index for slot in kept):
