@@ -114,6 +114,8 @@ HOSTILE = (
     Conv("one_channel_in", 2, 1, 9, 7, 5, padding=1),
     Conv("one_channel_out", 2, 5, 9, 7, 1, padding=1),
     Conv("one_channel_nchw", 2, 1, 6, 6, 1, layout="nchw", padding=1, residual=True),
+    Conv("few_filters", 2, 64, 17, 16, 3, padding=1, residual=True),
+    Conv("few_filters_1x1", 2, 64, 17, 16, 3, (1, 1)),
     Conv("prime_channels", 3, 13, 7, 5, 17, padding=1, residual=True),
     Conv("prime_channels_1x1", 3, 31, 5, 3, 37, (1, 1), residual=True),
     Conv("channels_past_a_vector", 2, 33, 6, 6, 65, padding=1),

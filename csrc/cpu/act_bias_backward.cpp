@@ -41,23 +41,27 @@ std::tuple<at::Tensor, at::Tensor> act_bias_backward_op(const at::Tensor& grad_o
       using T = typename decltype(tag)::type;
       using A = acc_t<T>;
       const auto kernel = pick<T>(act);
-      const Spans split(g.numel() / channels, channels);
+      const int64_t rows = g.numel() / channels;
+      const FoldedRows folded(rows, channels);
       const T *pg = const_data<T>(g), *ps = const_data<T>(s);
       T* pp = data<T>(preact);
       if (!output_mask[1]) {
-        parallel_tasks(split.rows, g.numel(), [&](int64_t r0, int64_t r1) {
-          kernel(pg, ps, pp, nullptr, channels, r0, r1, 0, channels, act);
+        parallel_tasks(folded.rows, g.numel(), [&](int64_t r0, int64_t r1) {
+          kernel(pg, ps, pp, nullptr, folded.channels, r0, r1, 0, folded.channels, act);
         });
+        kernel(pg, ps, pp, nullptr, channels, rows - folded.rest, rows, 0, channels, act);
         return;
       }
-      const at::Tensor partial = at::empty({split.spans, channels}, acc_options(g));
-      A *part = data<A>(partial), *sum = data<A>(sums);
+      const Spans split(folded.rows, folded.channels);
+      const Scratch<A> partial((split.spans + 1) * folded.channels);
+      A *part = partial.get(), *sum = data<A>(sums);
       parallel_spans(split, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-        kernel(pg, ps, pp, part + i * channels, channels, r0, r1, c0, c1, act);
+        kernel(pg, ps, pp, part + i * folded.channels, folded.channels, r0, r1, c0, c1, act);
       });
-      for (int64_t i = 0; i < split.spans; ++i) {
-        for (int64_t c = 0; c < channels; ++c) sum[c] += part[i * channels + c];
-      }
+      A* last = part + split.spans * folded.channels;
+      kernel(pg, ps, pp, last, channels, rows - folded.rest, rows, 0, channels, act);
+      for (int64_t i = 0; i < split.spans * folded.channels; ++i) sum[i % channels] += part[i];
+      for (int64_t c = 0; c < channels; ++c) sum[c] += last[c];
     });
   }
   return {output_mask[0] ? to_format(preact, format) : none(),

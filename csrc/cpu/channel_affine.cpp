@@ -38,10 +38,19 @@ void channel_affine(const at::Tensor& x, const at::Tensor& out, const at::Tensor
     const T* pr = const_data<T>(residual);
     T* po = data<T>(out);
     T* pp = data<T>(pre);
+    const FoldedRows folded(rows, channels);
     const A *pm = const_data<A>(mean), *ps = const_data<A>(scale), *pb = const_data<A>(shift);
-    parallel_tasks(rows, x.numel(), [&](int64_t r0, int64_t r1) {
-      kernel(px, po, pp, pr, pm, ps, pb, channels, r0, r1, 0, channels, act);
+    const Scratch<A> repeated(folded.fold > 1 ? 3 * folded.channels : 0);
+    const A* vectors[3] = {pm, ps, pb};
+    for (int64_t v = 0; v < 3 && folded.fold > 1; ++v) {
+      A* to = repeated.get() + v * folded.channels;
+      for (int64_t c = 0; c < folded.channels; ++c) to[c] = vectors[v][c % channels];
+      vectors[v] = to;
+    }
+    parallel_tasks(folded.rows, x.numel(), [&](int64_t r0, int64_t r1) {
+      kernel(px, po, pp, pr, vectors[0], vectors[1], vectors[2], folded.channels, r0, r1, 0, folded.channels, act);
     });
+    kernel(px, po, pp, pr, pm, ps, pb, channels, rows - folded.rest, rows, 0, channels, act);
   });
 }
 

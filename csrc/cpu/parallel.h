@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <new>
+#include <numeric>
 
 namespace fastconv::cpu {
 
@@ -30,6 +31,14 @@ class Scratch {
 
  private:
   A* memory_;
+};
+
+// Rows of few channels fill no vector: `fold` of them side by side, as one row of fold * channels, fill whole ones. The
+// last rows (fewer than `fold`) are left over.
+struct FoldedRows {
+  int64_t fold, rows, channels, rest;
+  FoldedRows(int64_t all, int64_t c)
+      : fold(c < 16 ? 16 / std::gcd(c, int64_t{16}) : 1), rows(all / fold), channels(c * fold), rest(all % fold) {}
 };
 
 struct Spans {

@@ -112,6 +112,14 @@ FASTCONV_INLINE bool is_plain(const RowsEpilogue<T>& e) {
   return !e.mean && !e.scale && !e.shift && !e.residual && !e.pre && e.act == Act::identity;
 }
 
+// The lines of the residual that a row of a tile ends in, asked for while its sums are made.
+template <class T>
+FASTCONV_INLINE void prefetch_residual(const RowsEpilogue<T>& e, int64_t at) {
+  if (e.residual == nullptr) return;
+  __builtin_prefetch(e.residual + at);
+  if (sizeof(T) == 4) __builtin_prefetch(e.residual + at + 16);
+}
+
 // R rows by pointer: rows[segment * kTileRows + i]. at[i]: element offset of row i's first column in the output.
 template <class T, int R>
 __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegment* segments, int n_segments,
@@ -126,6 +134,7 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
        ++i) {  // the stores at the end find their lines: without this, wide outputs wait 30% of the time for them
     __builtin_prefetch(e.out + at[i] + j, 1);
     if (sizeof(T) == 4) __builtin_prefetch(e.out + at[i] + j + 16, 1);
+    prefetch_residual(e, at[i] + j);
   }
   constexpr int64_t kUnitBytes = kTileCols * 4;
   int64_t summed = 0;

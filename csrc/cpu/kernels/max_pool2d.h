@@ -43,15 +43,7 @@ void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, in
         }
       }
       store(y + o * a.c + c, best, full, rest);
-      if (offsets) {
-        const typename L::Bytes b = narrow_bytes(where);
-        uint8_t* to = offsets + o * a.c + c;
-        if (full) {
-          *(typename L::Bytes_u*)to = b;
-        } else {
-          for (int i = 0; i < rest; ++i) to[i] = b[i];
-        }
-      }
+      if (offsets) store_bytes<A>(offsets + o * a.c + c, narrow_bytes(where), full, rest);
     }
   }
 }
@@ -71,13 +63,7 @@ FASTCONV_INLINE void max_pool2d_gather(const T* dy, const uint8_t* offsets, T* d
     const int rest = (int)(c1 - c);
     V sum{};
     for (int k = 0; k < windows; ++k) {
-      const uint8_t* from = offsets + window[k] + c;
-      typename L::Bytes b{};
-      if (full) {
-        b = *(const typename L::Bytes_u*)from;
-      } else {
-        for (int j = 0; j < rest; ++j) b[j] = from[j];
-      }
+      const typename L::Bytes b = load_bytes<acc_t<T>>(offsets + window[k] + c, full, rest);
       const Mask mine = widen_bytes(b) == (Mask{} + (typename L::Int)tap[k]);
       sum += mine ? load(dy + window[k] + c, full, rest) : V{};
     }

@@ -135,17 +135,25 @@ FASTCONV_INLINE f32v first_of_16(const float* p, int n) {
 FASTCONV_INLINE u16v first_of_16(const uint16_t* p, int n) {
   return (u16v)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
 }
+FASTCONV_INLINE u8v32 first_of_16(const uint8_t* p, int n) {
+  return (u8v32)_mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p);
+}
 FASTCONV_INLINE void put_first_16(float* p, f32v v, int n) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 }
 FASTCONV_INLINE void put_first_16(uint16_t* p, u16v v, int n) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
 }
+FASTCONV_INLINE void put_first_16(uint8_t* p, u8v32 v, int n) {
+  _mm_mask_storeu_epi8(p, (__mmask16)((1u << n) - 1), (__m128i)v);
+}
 #else
 FASTCONV_INLINE f32v first_of_16(const float* p, int n) { return first_of<f32v>(p, n); }
 FASTCONV_INLINE u16v first_of_16(const uint16_t* p, int n) { return first_of<u16v>(p, n); }
+FASTCONV_INLINE u8v32 first_of_16(const uint8_t* p, int n) { return first_of<u8v32>(p, n); }
 FASTCONV_INLINE void put_first_16(float* p, f32v v, int n) { put_first(p, v, n); }
 FASTCONV_INLINE void put_first_16(uint16_t* p, u16v v, int n) { put_first(p, v, n); }
+FASTCONV_INLINE void put_first_16(uint8_t* p, u8v32 v, int n) { put_first(p, v, n); }
 #endif
 
 template <class T>
@@ -192,6 +200,25 @@ FASTCONV_INLINE void store(T* p, typename Vec<T>::V v, bool full, int n) {
     Vec<T>::store(p, v);
   } else {
     Vec<T>::store_n(p, v, n);
+  }
+}
+
+// The same of bytes: one for each lane of A.
+template <class A>
+FASTCONV_INLINE typename Lanes<A>::Bytes load_bytes(const uint8_t* p, bool full, int n) {
+  using Bytes = typename Lanes<A>::Bytes;
+  if (full) return *(const typename Lanes<A>::Bytes_u*)p;
+  if constexpr (sizeof(A) == 4) return first_of_16(p, n);
+  return first_of<Bytes>(p, n);
+}
+template <class A>
+FASTCONV_INLINE void store_bytes(uint8_t* p, typename Lanes<A>::Bytes v, bool full, int n) {
+  if (full) {
+    *(typename Lanes<A>::Bytes_u*)p = v;
+  } else if constexpr (sizeof(A) == 4) {
+    put_first_16(p, v, n);
+  } else {
+    put_first(p, v, n);
   }
 }
 
