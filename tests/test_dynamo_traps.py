@@ -142,14 +142,14 @@ def loop(m, x):
 
 
 TRAPS = {
-    read_between: {"conv+bn": 1}, write_between: {"bn+relu": 1}, weight_written_between: {},
-    weight_that_is_computed: {"conv+relu": 1}, weight_that_is_an_output: {"conv+relu": 1}, two_readers: {"conv+bn": 1},
-    no_grad_between: {"conv+add": 1}, autocast_between: {"bn+relu": 1}, the_same_norm_twice: {"conv+bn+relu": 2},
+    read_between: {"conv+bn": 1}, write_between: {"conv": 1, "bn+relu": 1}, weight_written_between: {"conv": 1},
+    weight_that_is_computed: {"conv+relu": 1}, weight_that_is_an_output: {"conv": 1, "conv+relu": 1}, two_readers: {"conv+bn": 1},
+    no_grad_between: {"conv": 1, "conv+add": 1}, autocast_between: {"conv": 1, "bn+relu": 1}, the_same_norm_twice: {"conv+bn+relu": 2},
     outputs_that_share_memory: {"conv+bn+relu": 1}, views_and_strides: {"conv+bn+relu": 1},
     broadcast_addition: {"conv+bn+add+relu": 1}, promoted_addition: {"conv+bn+add+relu": 1},
     write_through_a_view: {"conv+bn+relu": 1}, other_strides: {"conv+bn+relu": 1}, graph_break: {"conv+bn+relu": 1, "conv+bn+add+relu": 1},
     three_dimensions: {}, frozen_norm: {"conv+bn+relu": 1}, own_statistics: {"conv+bn+relu": 1},
-    keywords: {}, loop: {"conv+bn+silu": 2},
+    keywords: {"conv": 1}, loop: {"conv+bn+silu": 2},
 }  # fmt: skip
 WRITES = {write_between, weight_written_between, write_through_a_view}  # to what stock PyTorch's backward has saved
 

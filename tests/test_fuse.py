@@ -87,8 +87,8 @@ def test_batch_norm_groups() -> None:
             return self.alone((self.third(y) + x) * 2)
 
     fused = assert_same(Model().double(), image(3, 4, 5, 5))
-    assert patterns(fused) == ["bn+relu", "bn+add+silu", "bn+add"]
-    assert left(fused) == {"alone": "nothing to fuse: no activation follows"}
+    assert patterns(fused) == ["bn+relu", "bn+add+silu", "bn+add", "bn"]
+    assert left(fused) == {}
 
 
 @pytest.mark.parametrize(
@@ -203,23 +203,25 @@ def test_state_dict_both_ways() -> None:
 
 
 def test_report() -> None:
-    model = nn.Sequential(Residual(iadd, nn.ReLU()), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(Residual(iadd, nn.ReLU()), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1))
     before = fastconv.fusion_report(model)
     assert before.fused == 0 and before.layers == 5
     assert dict(before.left)["0.conv"] == "not fused: fuse() was not called on it"
     report = fastconv.fusion_report(fastconv.fuse(model))
-    assert report.fused == len(report.groups) == 2
+    assert report.fused == len(report.groups) == 3
     assert [(g.container, g.members, g.pattern, g.modes) for g in report.groups] == [
         ("", ("1",), "max_pool2d", ("train", "eval")),
+        ("", ("2",), "conv", ("train", "eval")),
         ("0", ("0.conv", "0.bn", "0.act"), "conv+bn+add+relu", ("train", "eval")),
     ]
-    assert [name for name, _ in report.left] == ["2", "3"]
+    assert [name for name, _ in report.left] == ["3"]
     text = str(report)
     assert max(map(len, text.splitlines())) <= 80
-    assert "conv+bn+add+relu     conv bn act" in text and "3 of 5 layers fused, 2 left" in text
+    assert "conv+bn+add+relu     conv bn act" in text and "4 of 5 layers fused, 1 left" in text
     data = json.loads(report.to_json())
-    assert data["fused"] == 2 and data["groups"][1]["members"] == ["0.conv", "0.bn", "0.act"]
-    assert data["left"][0]["name"] == "2" and data["patterns"] == {"max_pool2d": 1, "conv+bn+add+relu": 1}
+    assert data["fused"] == 3 and data["groups"][2]["members"] == ["0.conv", "0.bn", "0.act"]
+    assert data["left"][0]["name"] == "3"
+    assert data["patterns"] == {"max_pool2d": 1, "conv": 1, "conv+bn+add+relu": 1}
 
 
 def test_report_breaks_long_lines() -> None:

@@ -196,12 +196,8 @@ def test_hooks_on_members_registered_before(net: nn.Module) -> None:
     net.blocks[1].bn2.register_forward_pre_hook(lambda m, i: (i[0] + 1,))
     fused = assert_same(net, image(*X))
     reasons = left(fused)
-    assert reasons == {
-        "blocks.0.conv1": "has hooks",
-        "blocks.1.conv2": "nothing to fuse: bn2 has hooks",
-        "blocks.1.bn2": "has hooks",
-    }
-    assert "bn+relu" in patterns(fused)
+    assert reasons == {"blocks.0.conv1": "has hooks", "blocks.1.bn2": "has hooks"}
+    assert {"bn+relu", "conv"} <= set(patterns(fused))
 
 
 def test_global_hooks_see_every_module(net: nn.Module) -> None:

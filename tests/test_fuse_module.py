@@ -174,19 +174,13 @@ def traced() -> nn.Module:
     return torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
 
 
-NOTHING = "nothing to fuse: no norm or activation follows"
 LEFT = {
-    "subclass": ([nn.Conv2d(4, 4, 1), Subclass(4), nn.ReLU()], {
-        "0": "nothing to fuse: 1 is a Subclass, not a plain BatchNorm2d",
-        "1": "is a Subclass, not a plain BatchNorm2d"}),
+    "subclass": ([Subclass(4), nn.ReLU()], {"0": "is a Subclass, not a plain BatchNorm2d"}),
     "convolution subclass": ([Doubled(4, 4, 1), nn.ReLU()], {"0": "is a Doubled, not a plain Conv2d"}),
     "transposed": ([nn.ConvTranspose2d(4, 4, 2), nn.ReLU()], {"0": "is a ConvTranspose2d, not a plain Conv2d"}),
     "parametrized": ([weight_normed, nn.ReLU()], {"0": "has parametrizations"}),
     "old weight norm": ([old_weight_normed, nn.ReLU()], {"0": "has hooks"}),
-    "instance norm": ([nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4), nn.ReLU()], {
-        "0": NOTHING, "1": "is a InstanceNorm2d, which fuse() has no group for"}),
-    "alone": ([nn.Conv2d(4, 4, 1), nn.Flatten()], {"0": NOTHING}),
-    "other activation": ([nn.Conv2d(4, 4, 1), nn.Softplus()], {"0": NOTHING}),
+    "instance norm": ([nn.InstanceNorm2d(4), nn.ReLU()], {"0": "is a InstanceNorm2d, which fuse() has no group for"}),
     "scripted": ([scripted], {"0": "is a ScriptModule"}),
     "graph module": ([traced], {"0": "is a torch.fx.GraphModule, whose forward is generated from its own graph"}),
 }  # fmt: skip
@@ -205,6 +199,24 @@ def test_left_alone(case: str) -> None:
     stock, fused = model, fastconv.fuse(model)
     assert patterns(fused) == ["conv+bn+relu"]
     assert_close(fused.eval()(image(2, 4, 6, 6)), stock.eval()(image(2, 4, 6, 6)), 1e-9)
+
+
+# A layer that nothing follows is a group too: the kernel is the layer's, gradients included.
+ALONE = {
+    "convolution": ([nn.Conv2d(4, 4, 3, padding=1), nn.Flatten()], ["conv"]),
+    "depthwise convolution": ([nn.Conv2d(4, 4, 5, padding=2, groups=4), nn.GroupNorm(2, 4)], ["conv"]),
+    "other activation": ([nn.Conv2d(4, 4, 1, bias=False), nn.Softplus()], ["conv"]),
+    "other norm": ([nn.Conv2d(4, 4, 1), Subclass(4), nn.ReLU()], ["conv"]),
+    "batch norm": ([nn.BatchNorm2d(4), nn.Softplus(), nn.BatchNorm2d(4, affine=False)], ["bn", "bn"]),
+    "written to": ([nn.Conv2d(4, 4, 1), nn.ELU(inplace=True), nn.BatchNorm2d(4), nn.ELU(inplace=True)], ["conv", "bn"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_layers_alone(case: str) -> None:
+    layers, wanted = ALONE[case]
+    model = nn.Sequential(nn.Sequential(*map(copy.deepcopy, layers))).double()
+    assert patterns(assert_same(model, image(3, 4, 6, 5))) == wanted
 
 
 def test_sync_batch_norm(net: nn.Module) -> None:
@@ -255,7 +267,7 @@ def test_calls_with_keywords() -> None:
 
     fused = assert_same(Model().double(), image(2, 4, 5, 5))
     assert left(fused)["conv2"] == "is called with other arguments than one input"
-    assert patterns(fused) == []
+    assert patterns(fused) == ["conv"]
 
 
 # Through PyTorch.

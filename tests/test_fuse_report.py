@@ -39,13 +39,14 @@ def test_kept_bytes(defer_bn: bool) -> None:
     total, _ = kept(lambda: copy.deepcopy(fused).train()(image(*X)), nn.Identity())
     assert report.kept <= total and report.stock_kept > MAP * 8
     by_name = {g.members[0]: g for g in report.groups}
-    assert {name: g.backend for name, g in by_name.items()} == dict.fromkeys(["0", "3.conv", "4", "7"], "cpu")
+    assert {name: g.backend for name, g in by_name.items()} == dict.fromkeys(["0", "3.conv", "4", "7", "8"], "cpu")
     for name in ("0", "3.conv"):
         group = by_name[name]
         # The raw output, and the result unless it is recomputed; statistics of 4 channels come on top.
         maps = 1 if group.deferred else 2
         assert group.deferred == defer_bn and MAP * maps <= group.kept <= MAP * maps + 200, name
         assert 2 * MAP <= group.stock_kept <= 2 * MAP + 200
+    assert by_name["8"].kept == by_name["8"].stock_kept == 0  # a convolution keeps its input
     assert by_name["4"].kept == by_name["4"].stock_kept == MAP  # the sigmoid's result
     assert (report.kept < report.stock_kept) == defer_bn or report.kept <= report.stock_kept
 

@@ -45,7 +45,7 @@ def test_addition_into_the_residual() -> None:
         y += self.bn(self.conv(x))
         return self.act(y) + skip
 
-    assert patterns(assert_same_evaluation(model_of(forward), image(*X))) == ["conv+bn"]
+    assert patterns(assert_same_evaluation(model_of(forward), image(*X))) == ["conv", "conv+bn"]
 
 
 def test_input_written_before_the_activation() -> None:
@@ -58,7 +58,7 @@ def test_input_written_before_the_activation() -> None:
         return torch.sigmoid(y) + x
 
     fused = assert_same_evaluation(model_of(forward), image(*X))
-    assert patterns(fused) == []
+    assert patterns(fused) == ["conv"]
 
     def forward_of_a_view(self, x):
         x = x * 1
@@ -66,7 +66,7 @@ def test_input_written_before_the_activation() -> None:
         x[:, 1:].mul_(2)
         return torch.sigmoid(y) + x
 
-    assert patterns(assert_same_evaluation(model_of(forward_of_a_view), image(*X))) == []
+    assert patterns(assert_same_evaluation(model_of(forward_of_a_view), image(*X))) == ["conv"]
 
 
 def test_write_between_the_pair_and_the_activation() -> None:
@@ -101,8 +101,7 @@ def test_submodule_that_writes_to_its_input() -> None:
 
     model = model_of(forward, side=nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)))
     fused = assert_same_evaluation(model, image(*X))
-    assert "conv+sigmoid" not in patterns(fused)
-    assert left(fused)["conv"] == "side may write to its inputs"
+    assert patterns(fused) == ["conv", "conv"]  # the side's convolution too
     harmless = model_of(forward, side=nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)))
     assert "conv+sigmoid" in patterns(assert_same_evaluation(harmless, image(*X)))
 
@@ -119,7 +118,7 @@ def test_written_parameter() -> None:
     for _ in range(3):
         assert_close(fused(image(*X)), stock(image(*X)), 1e-9)
     assert fused.scale == stock.scale == 1.0
-    assert left(fused)["conv"] == "mul_ may write to its inputs"
+    assert patterns(fused) == ["conv"]
 
 
 def test_container_that_writes_to_its_input() -> None:

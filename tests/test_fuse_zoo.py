@@ -51,15 +51,15 @@ ZOO = {
     "squeezenet1_0": (lambda: models.squeezenet1_0(num_classes=5), 40, 30, 0),
     "squeezenet1_1": (lambda: models.squeezenet1_1(num_classes=5), 40, 30, 0),
     "mobilenet_v2": (lambda: models.mobilenet_v2(num_classes=5, width_mult=0.25), 32, 53, 0),
-    "mobilenet_v3_small": (lambda: models.mobilenet_v3_small(num_classes=5), 32, 53, 9),
+    "mobilenet_v3_small": (lambda: models.mobilenet_v3_small(num_classes=5), 32, 62, 0),
     "efficientnet_b0": (lambda: models.efficientnet_b0(num_classes=5), 32, 98, 0),
-    "densenet": (lambda: models.DenseNet(4, (2, 3), 8, num_classes=5), 32, 15, 7),
+    "densenet": (lambda: models.DenseNet(4, (2, 3), 8, num_classes=5), 32, 22, 0),
     "googlenet": (lambda: models.googlenet(num_classes=5, init_weights=False), 64, 75, 0),
     "shufflenet_v2_x0_5": (lambda: models.shufflenet_v2_x0_5(num_classes=5), 32, 57, 0),
     "mnasnet0_5": (lambda: models.mnasnet0_5(num_classes=5), 32, 52, 0),
     "regnet_y_400mf": (lambda: models.regnet_y_400mf(num_classes=5), 32, 102, 0),
-    "convnext": (tiny_convnext, 32, 1, 4),
-    "vit": (tiny_vit, 32, 0, 1),
+    "convnext": (tiny_convnext, 32, 5, 0),
+    "vit": (tiny_vit, 32, 1, 0),
 }
 
 

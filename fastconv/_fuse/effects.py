@@ -68,7 +68,7 @@ class Flow:
         inside = set(chain)
         read = frozenset().union(*(self.owners[i] for n in chain for i in n.all_input_nodes if i not in inside))
         stats = frozenset().union(*(self.writes.get(n, ()) for n in chain)) - inside
-        node = chain[0].next
+        node = chain[0]
         while node is not chain[-1]:
             hit = self.writes.get(node, frozenset())
             if node not in inside and (

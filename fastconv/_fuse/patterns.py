@@ -1,4 +1,4 @@
-"""The groups in a graph: conv -> (bn) -> (add) -> (act), bn -> (add) -> (act), and pools.
+"""The groups in a graph: conv -> (bn) -> (add) -> (act), bn -> (add) -> (act), and pools. A layer alone is one too.
 
 A chain goes on only while the value has one reader, and while running it at the place of its last node reads the same
 inputs as running it node by node: no write in place between the two may touch them.
@@ -196,34 +196,15 @@ class Matcher:
     def _reader(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
-    def _finish(self, steps: list[Match]) -> Match | None:
-        """The longest exact group that goes on from ``steps`` (shorter to longer), or None with a reason noted."""
+    def _finish(self, steps: list[Match]) -> Match:
+        """The longest exact group that goes on from ``steps`` (shorter to longer); a layer alone always is one."""
         for grow in (self._add, self._act) if steps[-1].act is None else ():
             longer = grow(steps[-1])
             if longer:
                 steps.append(longer)
-        reason = self._why_it_ends(steps[-1])
-        for match in reversed(steps[1:]):
-            writer = self.flow.touched_between(match.nodes)
-            if writer is None:
-                self.taken.update(match.nodes)
-                return match
-            reason = f"{writer.target if isinstance(writer.target, str) else writer.name} may write to its inputs"
-        self.left.append((self._name(steps[0].nodes[0]), reason))
-        return None
-
-    def _why_it_ends(self, match: Match) -> str:
-        node = match.nodes[-1]
-        if len(node.users) > 1:
-            return f"nothing to fuse: its output has {len(node.users)} readers"
-        reader = self._reader(node)
-        if reader is not None and isinstance(self._module(reader), _BatchNorm) and match.bn is None:
-            return (
-                f"nothing to fuse: {self._name(reader)} {self._reason(reader, nn.BatchNorm2d) or 'takes it otherwise'}"
-            )
-        return (
-            "nothing to fuse: no activation follows" if match.bn else "nothing to fuse: no norm or activation follows"
-        )
+        match = next(m for m in reversed(steps) if self.flow.touched_between(m.nodes) is None)
+        self.taken.update(match.nodes)
+        return match
 
     def _add(self, match: Match) -> Match | None:
         """The match with the addition that reads it."""
