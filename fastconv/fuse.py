@@ -37,8 +37,8 @@ def fuse(
     be called alone, indexed and hooked. Weights, modes, flags, hooks and replaced modules take effect at the next call:
     a group whose members are no longer plain layers runs them one by one.
 
-    The groups are convolution -> (batch norm) -> (addition) -> (activation), batch norm -> (addition) -> (activation), and
-    pools; what is in parentheses may be missing, so a layer alone is a group too.
+    The groups are convolution -> (batch norm) -> (addition) -> (activation), batch norm -> (addition) -> (activation),
+    and pools; what is in parentheses may be missing, so a layer alone is a group too.
 
     model: any module. Layers in no group, modules that torch.fx cannot trace, scripted, quantised and parametrised ones
     are left as they are; :func:`fusion_report` names them with the reason.

@@ -188,33 +188,38 @@ const char* rows_refusal(const ConvParams& p, int64_t element) {
 //   0.6, 0.62, 0.62, 0.78; wgrad C = 16, 24, 48 at 0.48, 0.66, 0.72;
 // - 3x3 filters on 3 channels: 0.8 - 0.87 (the gathered sum is too short to pay for the gathering; 7x7: 1.3);
 // - fp32 data gradient of one row: 0.74 - 0.79 (oneDNN has a matrix-vector product).
-// And on a Xeon with AMX, one thread, on 2x56x56 of 64 channels and 2x28x28 of 256, filters K = 1 to 64, where the sum
-// or the rows of a gradient fill little of a tile:
+// And on a Xeon with AMX, where the sum or the rows of a gradient fill little of a tile, one thread, on 2x56x56 of 64
+// channels and 2x28x28 of 256, filters K = 1 to 64:
 // - data gradient through a filter larger than 1x1: tile registers, K below 32 at 0.26 - 0.57 (64: 0.63 - 1.0); vectors
 //   at 64 channels, fp32 K below 32 at 0.43 - 0.90, bf16 K below 8 at 0.67 - 0.82;
 // - weight gradient: tile registers and a larger filter, K below 32 at 0.36 - 0.88; fp32 1x1, K no multiple of a
 //   tile's rows at 0.30 - 0.66; fp32 of a larger filter on 64 channels, K below 8 at 0.61 - 0.69.
+// Two threads there, 3x3 filters, 32 to 256 channels, one to 64 images of 8x8 to 112x112:
+// - fp32 weight gradient, maps from 14x14 on: 0.71 - 0.95 (8x8: 0.83 - 1.01); on an AMD EPYC it won;
+// - tile registers, maps from 56x56 on: data gradient of 32 filters 0.54 - 0.83, of more filters and images 0.68 -
+// 0.92;
+//   weight gradient on 32 channels 0.67 - 0.75.
 // Everywhere else it won: see the table in kernels/conv_rows.h.
-constexpr double kLargeWork = 1 << 18;  // multiply-adds; below, a call of oneDNN costs more than it saves
-
 bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool packed) {
   if (rows_refusal(p, element) != nullptr || active_isa() == Isa::portable) return false;
   auto filled = [](int64_t columns) { return columns * 10 >= (columns + 31) / 32 * 32 * 8; };
-  const bool single = p.r * p.s == 1, registers = element == 2 && tile_registers<bf16>();
-  const bool large = static_cast<double>(p.n * p.p * p.q) * p.k * p.c * p.r * p.s >= kLargeWork;
+  const bool single = p.r * p.s == 1, xeon = active_isa() == Isa::amx_bf16, registers = element == 2 && xeon;
+  const int64_t work = p.n * p.p * p.q * p.k * p.c * p.r * p.s;  // multiply-adds
+  const bool large = work >= 1 << 18;                            // else a call of oneDNN costs more than it saves
   switch (pass) {
     case ConvPass::forward:
       return filled(p.k) && (!gathers(p) || p.r * p.s * p.c >= 64);
     case ConvPass::input_grad: {
       const int64_t least = registers ? 32 : p.c >= 128 ? 0 : element == 4 ? 32 : 8;
       if (large && !single && p.k < least) return false;
+      if (registers && !single && p.w >= 48 && work >= (p.k <= 32 ? 1 << 26 : 1 << 28)) return false;
       return filled(p.c) && (packed || element == 2 || p.n * p.h * p.w > 1);
     }
     case ConvPass::weight_grad: {
       if (gathers(p)) return filled(p.r * p.s * p.c);
-      const int64_t rows = tile_shape<float>().rows;
-      if (large && registers && !single && p.k < 32) return false;
-      if (large && element == 4 && (single ? p.k % rows != 0 : p.c < 128 && p.k < 8)) return false;
+      if (large && registers && !single && (p.k < 32 || (p.c <= 32 && p.q >= 48))) return false;
+      if (large && element == 4 && (single ? p.k % tile_shape<float>().rows != 0 : p.c < 128 && p.k < 8)) return false;
+      if (xeon && element == 4 && !single && p.q >= 14 && work >= 1 << 26) return false;
       // AVX2 packs for its six rows element by element: 0.9 - 1.0 on 3x3x64.
       return filled(p.c) && (active_isa() >= Isa::avx512 || element == 2 || single || p.c >= 128);
     }

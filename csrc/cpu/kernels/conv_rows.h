@@ -136,10 +136,23 @@ FASTCONV_INLINE void run_tile(const RowsTask<T, W>& t, const RowsGroup& group, c
 #endif
 }
 
+// Asks for what tile i reads last, the end of its last segment, where it is new: other taps' rows were read for tiles
+// above.
+template <class T, class W>
+FASTCONV_INLINE void prefetch_tile(const RowsTask<T, W>& t, const RowsGroup& group, int64_t i, const TileRows& tile) {
+#ifndef FASTCONV_AMX                  // registers load sixteen rows at once: no difference
+  if (group.n_segments == 0) return;  // no tap reads: the positions between those of a stride
+  const int64_t g = group.n_segments - 1, bytes = t.plan->tap_units * 4, skip = group.segments[g].units * 4 - bytes;
+  const char* const* rows = t.table + i * t.table_tile + g * kTileRows;
+  for (int r = 0; r < tile.rows[0]; ++r)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[r] + skip + at, 0, 2);
+#endif
+}
+
 template <class T, class W>
 void conv_rows(const RowsTask<T, W>& t) {
   const RowsPlan& p = *t.plan;
-  constexpr int64_t kMaxTiles = 32;
+  constexpr int64_t kMaxTiles = 32, kAhead = 2;
   TileRows tiles[kMaxTiles];
 #ifdef FASTCONV_AMX
   const TileRegisters registers;
@@ -164,9 +177,12 @@ void conv_rows(const RowsTask<T, W>& t) {
         const int64_t n = mine.end - tile < t.tiles_at_once ? mine.end - tile : t.tiles_at_once;
         for (int64_t i = 0; i < n; ++i)
           place_tile(t, walk, mine.grain(tile + i), mine.grain(tile + i + 1), i, tiles[i]);
+        for (int64_t i = 0; i < kAhead && i < n; ++i) prefetch_tile(t, group, i, tiles[i]);
         for (int64_t j = j0; j < j1; ++j)
-          for (int64_t i = 0; i < n; ++i)
+          for (int64_t i = 0; i < n; ++i) {
+            if (j == j0 && i + kAhead < n) prefetch_tile(t, group, i + kAhead, tiles[i + kAhead]);
             run_tile(t, group, panels + (j - j0) * p.panel_bytes, j * kTileCols, i, tiles[i]);
+          }
         tile += n;
       }
     }

@@ -85,7 +85,7 @@ inline void pack_columns(const T* const* rows, int64_t units, int64_t c0, int64_
 template <class T, class D>
 FASTCONV_INLINE void tile_packed(const char* a, int64_t /*a_stride*/, const char* b, int64_t units, D* out, int64_t ld,
                                  int n_rows, int n_cols, bool add, bool past) {
-  tile_outer<T, D, false>(a, b, nullptr, nullptr, units, out, ld, n_rows, n_cols, add, past);
+  tile_outer<T, D, false>(a, b, nullptr, units, out, ld, n_rows, n_cols, add, past);
 }
 #endif
 
@@ -98,11 +98,13 @@ void wgrad_block(const WgradTask<T, D>& t, const T* const* dz, const T* const* x
   if constexpr (sizeof(T) == 4) {
     if (kb - ka + t.c1 - t.c0 <= kWgradDirect && (kb - ka) % kTileRows == 0 &&
         ((t.c1 - t.c0) % kTileCols == 0 || t.gather_r)) {
-      for (int64_t k = ka; k < kb; k += kTileRows)
-        for (int64_t c = t.c0; c < t.c1; c += kTileCols)
-          tile_outer<T, D, true>((const char*)(k * 4), (const char*)(c * 4), dz, x, units,
-                                 out + (k - ka) * ld + (c - t.c0), ld, kTileRows,
-                                 t.c1 - c < kTileCols ? (int)(t.c1 - c) : kTileCols, add, past);
+      for (int64_t c = t.c0; c < t.c1; c += kTileCols) {
+        const int n_cols = t.c1 - c < kTileCols ? (int)(t.c1 - c) : kTileCols;
+        pack_columns(x, units, c, c + kTileCols, t.b, 0);
+        for (int64_t k = ka; k < kb; k += kTileRows)
+          tile_outer<T, D, true>((const char*)(k * 4), t.b, dz, units, out + (k - ka) * ld + (c - t.c0), ld, kTileRows,
+                                 n_cols, add, past);
+      }
       return;
     }
   }

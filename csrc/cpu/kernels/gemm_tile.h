@@ -136,7 +136,7 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
     if (sizeof(T) == 4) __builtin_prefetch(e.out + at[i] + j + 16, 1);
     prefetch_residual(e, at[i] + j);
   }
-  constexpr int64_t kUnitBytes = kTileCols * 4;
+  constexpr int64_t kUnitBytes = kTileCols * 4, kPanelAhead = 8 * kUnitBytes;
   int64_t summed = 0;
   bool folded = false;
   for (int g = 0; g < n_segments; ++g) {
@@ -159,6 +159,8 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
       summed += units;
       for (int64_t u = 0; u < units; ++u) {
         const u32v b0 = *(const u32v_u*)b, b1 = *(const u32v_u*)(b + FASTCONV_VEC_BYTES);
+        __builtin_prefetch(b + kPanelAhead);
+        if (kUnitBytes > 64) __builtin_prefetch(b + kPanelAhead + 64);
         b += kUnitBytes;
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
@@ -234,19 +236,18 @@ FASTCONV_INLINE void store_sums(const f32v* sums, D* out, int64_t ld, int n_rows
     }
 }
 
-// a [units][kTileRows] and b [units][kTileCols], packed, or (DIRECT, fp32) a + a_rows[u] and b + b_rows[u] where they
-// are; the first n_rows x n_cols of the tile go to out (row stride ld), added to what is there if `add` (fp32 only),
-// past the caches if `past` (fp32 only).
+// a [units][kTileRows] and b [units][kTileCols], packed, or (DIRECT, fp32) a + a_rows[u] where it is; the first n_rows
+// x n_cols of the tile go to out (row stride ld), added to what is there if `add` (fp32 only), past the caches if
+// `past` (fp32 only).
 template <class T, class D, bool DIRECT>
-__attribute__((noinline)) void tile_outer(const char* a, const char* b, const T* const* a_rows, const T* const* b_rows,
-                                          int64_t units, D* out, int64_t ld, int n_rows, int n_cols, bool add,
-                                          bool past) {
+__attribute__((noinline)) void tile_outer(const char* a, const char* b, const T* const* a_rows, int64_t units, D* out,
+                                          int64_t ld, int n_rows, int n_cols, bool add, bool past) {
   f32v acc[kTileRows][kTileVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) acc[i][0] = acc[i][1] = f32v{};
   for (int64_t u = 0; u < units; ++u) {
     const char* ua = DIRECT ? (const char*)a_rows[u] + (int64_t)a : a + u * (kTileRows * 4);
-    const char* ub = DIRECT ? (const char*)b_rows[u] + (int64_t)b : b + u * (kTileCols * 4);
+    const char* ub = b + u * (kTileCols * 4);
     const u32v b0 = *(const u32v_u*)ub, b1 = *(const u32v_u*)(ub + FASTCONV_VEC_BYTES);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
