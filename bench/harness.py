@@ -270,8 +270,11 @@ COMPILE = {
 }
 
 
-def of_models(subject: str, models: list[str]) -> str:
-    """The subject's name by the networks that it was run on: other ones lie beside ResNet50's file, not in it."""
+def of_models(subject: str, models: list[str], size: int = 32) -> str:
+    """The subject's name by the networks that it was run on: other ones than ResNet50, and other images than of 32 px,
+    lie beside its file, not in it."""
+    if size != 32:
+        return f"{subject}_{size}px"
     return subject if models == ["resnet50"] else f"{subject}_models"
 
 

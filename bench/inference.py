@@ -88,7 +88,7 @@ def main() -> None:
         compile=COMPILE,
     )
     bench = Bench(
-        of_models("inference", args.model), args.out, args.device,
+        of_models("inference", args.model, args.size), args.out, args.device,
         max(args.seconds, 8.0) if not args.quick else 1.0, turn=4,
     )  # fmt: skip
     batches = args.batch or ([1] if args.quick else [1, 64] if args.device.type == "cpu" else [1, 64, 512])

@@ -106,7 +106,7 @@ def main() -> None:
         compile=COMPILE,
     )
     bench = Bench(
-        of_models("train_step", args.model), args.out, args.device,
+        of_models("train_step", args.model, args.size), args.out, args.device,
         max(args.seconds, 12.0) if not args.quick else 1.0, turn=2,
     )  # fmt: skip
     batches = args.batch or ([4] if args.quick else [4, 64] if args.device.type == "cpu" else [4, 128, 512, 1024])

@@ -130,6 +130,7 @@ def test_the_page_has_a_section_for_each_file(tmp_path):
         "loss": [row("loss", "s", "eager", 1.0), row("loss", "s", "fastconv", 0.8)],
         "train_step": [row("resnet50", f"{b}x32px", c, s) for b in (4, 64) for c, s in (("eager", 1.0), ("fastconv", 3.0))],
         harness.of_models("train_step", ["vgg16"]): [row("vgg16", "16x32px", "fastconv fuse", 1.25)],
+        harness.of_models("train_step", ["resnet50"], 224): [row("resnet50", "8x224px", "fastconv fuse", 1.5)],
     }  # fmt: skip
     assert harness.of_models("train_step", ["resnet50"]) == "train_step" and "train_step_models" in files
     for subject, rows in files.items():
@@ -139,7 +140,8 @@ def test_the_page_has_a_section_for_each_file(tmp_path):
     assert "commit 0123456" in text and "| conv | fp32 | 1 | 2.00 | 2.00 (s) | 2.00 (s) | 0 |" in text
     assert "| loss | fp32 | 1 | 0.80 | 0.80 (s) | 0.80 (s) | 1 |" in text, "a defeat is counted"
     assert "| resnet50 64x32px | fp32 | **fastconv** | 0.33 |" in text
-    other = text.split("## Training step of other models")[1]
+    other, large = text.split("## Training step of other models")[1].split("## Training step, images of 224 px")
+    assert "`bench/train_step.py` at 0123456" in large and "| resnet50 8x224px |" in large
     assert "| vgg16 16x32px | fp32 | **fastconv fuse** | 0.80 | 20,000 | 1.25 |" in other and ".png" not in other
     for picture in ("peers", "roofline", "train_step"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 1000 and f"({picture}.png)" in text
