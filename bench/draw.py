@@ -91,10 +91,11 @@ def steps(path: Path, rows: list[dict], title: str) -> None:
         axes.set_xticks(sorted(floors), [str(batch) for batch in sorted(floors)])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
-    labels = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
-    for axes in panels[0][1:]:  # a competitor may run in one dtype alone
-        labels |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    lines: dict = {}
+    for axes in panels[0]:  # a competitor may run in one dtype alone
+        handles, labels = axes.get_legend_handles_labels()
+        lines |= dict(zip(labels, handles, strict=True))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path)
 
 

@@ -39,21 +39,21 @@ def write(out: Path) -> None:
         words = [f"copy {best['copy']:.0f} GB/s"]
         words += [f"{name} matrix product {rate:.2f} TFLOP/s" for name, rate in best.items() if name != "copy"]
         text.append("Measured rates of the machine: " + ", ".join(words) + ".\n")
-    networks = {}
-    for name, title, others in (
-        ("train_step", "Training step", "Training step of"),
-        ("inference", "Inference", "Inference with"),
+    networks = {}  # script and title, by subject
+    for script, title, others in (
+        ("train_step", "Training step", "Training step of other models"),
+        ("inference", "Inference", "Inference with other models"),
     ):
-        networks |= {name: title, f"{name}_models": f"{others} other models"}
-        sizes = sorted(s for s in subjects if s.startswith(f"{name}_") and s.endswith("px"))
-        networks |= {s: f"{title}, images of {s.removeprefix(name + '_').removesuffix('px')} px" for s in sizes}
+        networks |= {script: (script, title), f"{script}_models": (script, others)}
+        for name in sorted(s for s in subjects if s.startswith(f"{script}_") and s.endswith("px")):
+            size = name.removeprefix(f"{script}_").removesuffix("px")
+            networks[name] = script, f"{title}, images of {size} px"
     operators = {name: s for name, s in subjects.items() if name not in ("memory", "seeds", *networks)}
     if operators:
         scripts = ", ".join(f"`bench/{name}.py` at {at[name]}" for name in operators)
         text += ["## Operators\n", f"{scripts}.\n", _operators(operators), _pictures(out, operators, best)]
-    for name, title in networks.items():
+    for name, (script, title) in networks.items():
         if name in subjects:
-            script = "inference" if name.startswith("inference") else "train_step"
             text += [f"## {title}\n", f"`bench/{script}.py` at {at[name]}.\n", _steps(subjects[name]["rows"])]
             if name == script:
                 draw.steps(out / f"{name}.png", subjects[name]["rows"], title)

@@ -58,10 +58,11 @@ std::tuple<at::Tensor, at::Tensor> act_bias_backward_op(const at::Tensor& grad_o
       parallel_spans(split, [&](int64_t i, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
         kernel(pg, ps, pp, part + i * folded.channels, folded.channels, r0, r1, c0, c1, act);
       });
-      A* last = part + split.spans * folded.channels;
-      kernel(pg, ps, pp, last, channels, rows - folded.rest, rows, 0, channels, act);
-      for (int64_t i = 0; i < split.spans * folded.channels; ++i) sum[i % channels] += part[i];
-      for (int64_t c = 0; c < channels; ++c) sum[c] += last[c];
+      const int64_t parts = split.spans * folded.fold;  // and one more, of the rows left over
+      kernel(pg, ps, pp, part + parts * channels, channels, rows - folded.rest, rows, 0, channels, act);
+      for (int64_t i = 0; i <= parts; ++i) {
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part[i * channels + c];
+      }
     });
   }
   return {output_mask[0] ? to_format(preact, format) : none(),

@@ -195,15 +195,14 @@ const char* rows_refusal(const ConvParams& p, int64_t element) {
 // - weight gradient: tile registers and a larger filter, K below 32 at 0.36 - 0.88; fp32 1x1, K no multiple of a
 //   tile's rows at 0.30 - 0.66; fp32 of a larger filter on 64 channels, K below 8 at 0.61 - 0.69.
 // Two threads there, 3x3 filters, 32 to 256 channels, one to 64 images of 8x8 to 112x112:
-// - fp32 weight gradient, maps from 14x14 on: 0.71 - 0.95 (8x8: 0.83 - 1.01); on an AMD EPYC it won;
-// - tile registers, maps from 56x56 on: data gradient of 32 filters 0.54 - 0.83, of more filters and images 0.68 -
-// 0.92;
-//   weight gradient on 32 channels 0.67 - 0.75.
+// - fp32 weight gradient, maps from 14x14 on: 0.71 - 0.95 (8x8: 0.83 - 1.01); an AMD EPYC loses none of these layers;
+// - tile registers, maps from 56x56 on: data gradient of 32 filters 0.54 - 0.83, of more of them 0.68 - 0.92; weight
+//   gradient on 32 channels 0.67 - 0.75.
 // Everywhere else it won: see the table in kernels/conv_rows.h.
 bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool packed) {
   if (rows_refusal(p, element) != nullptr || active_isa() == Isa::portable) return false;
   auto filled = [](int64_t columns) { return columns * 10 >= (columns + 31) / 32 * 32 * 8; };
-  const bool single = p.r * p.s == 1, xeon = active_isa() == Isa::amx_bf16, registers = element == 2 && xeon;
+  const bool single = p.r * p.s == 1, xeon = tile_registers<bf16>(), registers = element == 2 && xeon;
   const int64_t work = p.n * p.p * p.q * p.k * p.c * p.r * p.s;  // multiply-adds
   const bool large = work >= 1 << 18;                            // else a call of oneDNN costs more than it saves
   switch (pass) {

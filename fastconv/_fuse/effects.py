@@ -59,8 +59,8 @@ class Flow:
     owners: dict[fx.Node, frozenset[fx.Node]]
     writes: dict[fx.Node, frozenset[fx.Node]]
 
-    def touched_between(self, chain: list[fx.Node]) -> fx.Node | None:
-        """A node among those of ``chain`` that keeps them from running together, at the place of the last.
+    def touched_between(self, chain: list[fx.Node]) -> bool:
+        """Whether a node among those of ``chain`` keeps them from running together, at the place of the last.
 
         It may write to what they read (or to a parameter or buffer), read what they write, or change the state of the
         thread (gradients, autocast).
@@ -77,9 +77,9 @@ class Flow:
                 or any(self.owners[i] & stats for i in node.all_input_nodes)
                 or changes_state(node)
             ):
-                return node
+                return True
             node = node.next
-        return None
+        return False
 
     def returned(self, graph: fx.Graph) -> frozenset[fx.Node]:
         """The owners of what the graph returns."""

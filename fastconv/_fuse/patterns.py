@@ -202,7 +202,7 @@ class Matcher:
             longer = grow(steps[-1])
             if longer:
                 steps.append(longer)
-        match = next(m for m in reversed(steps) if self.flow.touched_between(m.nodes) is None)
+        match = next(m for m in reversed(steps) if not self.flow.touched_between(m.nodes))
         self.taken.update(match.nodes)
         return match
 

@@ -137,10 +137,10 @@ FASTCONV_INLINE void run_tile(const RowsTask<T, W>& t, const RowsGroup& group, c
 }
 
 // Asks for what tile i reads last, the end of its last segment, where it is new: other taps' rows were read for tiles
-// above.
+// above. Not for tile registers, which load sixteen rows at once: no difference.
 template <class T, class W>
 FASTCONV_INLINE void prefetch_tile(const RowsTask<T, W>& t, const RowsGroup& group, int64_t i, const TileRows& tile) {
-#ifndef FASTCONV_AMX                  // registers load sixteen rows at once: no difference
+#ifndef FASTCONV_AMX
   if (group.n_segments == 0) return;  // no tap reads: the positions between those of a stride
   const int64_t g = group.n_segments - 1, bytes = t.plan->tap_units * 4, skip = group.segments[g].units * 4 - bytes;
   const char* const* rows = t.table + i * t.table_tile + g * kTileRows;

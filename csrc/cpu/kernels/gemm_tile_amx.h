@@ -221,10 +221,7 @@ __attribute__((noinline)) void tile_rows_amx(const int* rows, const RowsSource* 
                                              int n_segments, const char* panel, const RowsEpilogue<T>& e,
                                              const int64_t* at, int64_t j, int64_t columns) {
   for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < rows[half]; ++i) {
-      __builtin_prefetch(e.out + at[half * kGrain + i] + j, 1);
-      prefetch_residual(e, at[half * kGrain + i] + j);
-    }
+    for (int i = 0; i < rows[half]; ++i) prefetch_ends(e, at[half * kGrain + i] + j);
   f32v sums[kTileRows * kTileVecs];
   if (rows[1] > 0)
     multiply_tile<2>(sources, segments, n_segments, panel, sums);
