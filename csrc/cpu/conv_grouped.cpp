@@ -24,6 +24,9 @@ namespace {
 
 constexpr int64_t kPiece = 1024;   // positions of a weight gradient that are summed before they are added to the rest
 constexpr int64_t kSmallMap = 16;  // output columns; beyond, images are worked on one by one, for what their rows share
+// Filters of so many taps whose panels are larger, in floats, meet an image block by block of channels: 7x7 on 192 and
+// 384 channels by 2 - 20% faster, 5x5 and 3x3 by up to 30% slower.
+constexpr int64_t kLargeFilter = 36, kPanelsAtOnce = 8 << 10;
 constexpr int64_t kWgradTasks = 32;  // shares of a weight gradient, where its channels alone give fewer
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,9 +61,10 @@ struct Runs {
 struct GroupedPlan {
   std::vector<GroupedRow> rows;
   std::vector<GroupedRun> runs;
-  std::vector<GroupedRead> reads;
-  std::vector<int64_t> read_begin{0};
-  int64_t step;
+  std::vector<GroupedLine> lines;
+  std::vector<int64_t> line_begin{0};
+  int64_t step, advance;
+  bool slides;
 
   GroupedPlan(const ConvParams& p, bool transposed, int64_t panel) {  // elements of one tap in it
     const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
@@ -71,13 +75,40 @@ struct GroupedPlan {
     for (int64_t o = 0; o < out_h; ++o)
       rows.push_back({rows_of.run_of[o], rows_of.index[o] * rows_of.mul * in_w * p.c});
     runs = columns_of.runs, step = columns_of.mul * p.c;
+    // 3 taps with a stride share one input of four outputs' 12: 3x3 in bf16 by up to 15% faster from tap to tap.
+    slides = transposed || p.dil_w == p.stride_w || p.s > 3;
+    advance = slides ? step : p.dil_w * p.c;
     for (const GroupedRun& a : rows_of.runs) {
       for (const GroupedRun& b : runs) {
-        for (int64_t t = 0; t < p.r * p.s; ++t) {
-          const int64_t y = h.in[a.out * p.r + t / p.s], x = w.in[b.out * p.s + t % p.s];
-          if (y >= 0 && x >= 0) reads.push_back({(y * in_w + x) * p.c, t * panel});
+        for (int64_t r = 0; r < p.r; ++r) {
+          const int64_t y = h.in[a.out * p.r + r];
+          if (y >= 0) add_lines(&w.in[b.out * p.s], p.s, y * in_w, r * p.s, p.c, panel);
         }
-        read_begin.push_back(static_cast<int64_t>(reads.size()));
+        line_begin.push_back(static_cast<int64_t>(lines.size()));
+      }
+    }
+  }
+
+ private:
+  // Of one filter row, whose tap s reads the input column columns[s], or none (-1). From left to right in the input.
+  void add_lines(const int64_t* columns, int64_t taps, int64_t row, int64_t first_tap, int64_t channels,
+                 int64_t panel) {
+    std::vector<int64_t> live;
+    for (int64_t s = 0; s < taps; ++s)
+      if (columns[s] >= 0) live.push_back(s);
+    std::sort(live.begin(), live.end(), [&](int64_t a, int64_t b) { return columns[a] < columns[b]; });
+    const size_t begin = lines.size();
+    std::vector<int64_t> last;  // taps of these lines
+    for (const int64_t s : live) {
+      size_t i = 0;
+      while (i < last.size() && (columns[s] - columns[last[i]]) * channels != advance) ++i;
+      if (i == last.size()) {
+        lines.push_back({(row + columns[s]) * channels, (first_tap + s) * panel, 0, 1});
+        last.push_back(s);
+      } else {
+        lines[begin + i].next = (s - last[i]) * panel;
+        ++lines[begin + i].count;
+        last[i] = s;
       }
     }
   }
@@ -92,7 +123,8 @@ void run_grouped(const ConvParams& p, bool transposed, const T* input, const W* 
   GroupedTask<T> task{};
   task.input = input, task.epilogue = e;
   task.rows = plan.rows.data(), task.runs = plan.runs.data(), task.n_runs = static_cast<int64_t>(plan.runs.size());
-  task.reads = plan.reads.data(), task.read_begin = plan.read_begin.data(), task.step = plan.step;
+  task.lines = plan.lines.data(), task.line_begin = plan.line_begin.data();
+  task.step = plan.step, task.advance = plan.advance, task.slides = plan.slides;
   task.in_image = (transposed ? p.p * p.q : p.h * p.w) * p.c;
   task.out_h = transposed ? p.h : p.p, task.out_w = transposed ? p.w : p.q;
   const int64_t taps = p.r * p.s;
@@ -113,7 +145,13 @@ void run_grouped(const ConvParams& p, bool transposed, const T* input, const W* 
       GroupedTask<T> mine = task;
       mine.panels = reinterpret_cast<float*>(workspace<0>(ceil_div(c1 - c0, block) * task.block * 4));
       pack(weight, taps, transposed, c0, c1, mine.panels);
-      kernel(mine, rows * j / row_parts, rows * (j + 1) / row_parts, c0, c1);
+      const int64_t row1 = rows * (j + 1) / row_parts;
+      const int64_t c_step = taps * (c1 - c0) * G > kPanelsAtOnce && taps >= kLargeFilter ? block : c1 - c0;
+      for (int64_t row = rows * j / row_parts; row < row1; row += task.out_h) {
+        GroupedTask<T> some = mine;
+        for (int64_t c = c0; c < c1; c += c_step, some.panels += task.block)
+          kernel(some, row, std::min(row1, row + task.out_h), c, std::min(c1, c + c_step));
+      }
     }
   });
 }

@@ -7,11 +7,11 @@
 //
 // Forward and data gradient are one loop: outputs that read the same taps stand in runs of rows and of columns (the
 // whole interior; with a stride's data gradient each residue class of it), so neither padding nor the holes of a stride
-// cost anything. Channels lie in vectors; four outputs of two vectors are summed side by side, so a weight is loaded
-// once for four multiply-adds, and eight sums hide their latency. The four are neighbours in a row, or on small maps
-// one of each of four images. Every lane meets its group's channels by G permutations of the vector, one for each j.
-// Weights come from a panel [tap][j][channels] in fp32, transposed once per call and thread. The weight gradient keeps
-// up to 18 sums in registers over many rows.
+// cost anything. Channels lie in vectors; four to six outputs of two vectors are summed side by side, so a weight is
+// loaded once for that many multiply-adds, and the sums hide their latency. They are neighbours in a row, whose inputs
+// slide through registers from tap to tap, one load each, or on small maps one of each of four images. Every lane meets
+// its group's channels by G permutations of the vector, one for each j. Weights come from a panel [tap][j][channels] in
+// fp32, transposed once per call and thread. The weight gradient keeps up to 18 sums in registers over many rows.
 // Accumulation: fp32; the weight gradient is summed in pieces of about a thousand positions, which are added in order.
 // Bytes: x and y once each, the rows of x that a filter shares from L1 or L2. FLOPs: 2 n p q k G per tap that reads
 // data. Limits: fp32 and bf16.
@@ -31,28 +31,47 @@ FASTCONV_INLINE f32v of_group(f32v x, int j) {
 }
 
 // Q outputs side by side, whose inputs lie `step` elements apart and whose places `at_step`: V vectors of channels from
-// c on, of the last one `rest` lanes where PART.
-template <class T, int G, int Q, int V, bool PART>
+// c on, of the last one `rest` lanes where PART. SLIDE: neighbours in a row, so that a line's next tap needs one new
+// input.
+template <class T, int G, int Q, int V, bool PART, bool SLIDE>
 FASTCONV_INLINE void grouped_outputs(const GroupedTask<T>& t, const T* in, int64_t step, const float* panel,
-                                     const GroupedRead* reads, const GroupedRead* end, int64_t at0, int64_t at_step,
+                                     const GroupedLine* line, const GroupedLine* end, int64_t at0, int64_t at_step,
                                      int64_t c, int rest) {
+  constexpr int kSide = FASTCONV_VEC_BYTES == 64 ? V : 1;  // vectors at a time: AVX2 has half the registers
   f32v acc[Q][V];
   for (int q = 0; q < Q; ++q)
     for (int v = 0; v < V; ++v) acc[q][v] = f32v{};
   const T* from[Q];  // a register each, so that a load's address takes no instruction
   for (int q = 0; q < Q; ++q) from[q] = in + q * step;
-  for (; reads != end; ++reads) {
-    const int64_t at = reads->in;
-    const float* weights = panel + reads->panel;
-    for (int v = 0; v < V; ++v) {
-      const float* mine = weights + v / kTileVecs * t.block + v % kTileVecs * kLanes;
-      f32v x[Q];
-      for (int q = 0; q < Q; ++q) x[q] = load(from[q] + at + v * kLanes, !PART || v < V - 1, rest);
+  for (; line != end; ++line) {
+    for (int u = 0; u < V; u += kSide) {
+      int64_t at = line->in + u * kLanes;
+      const float* mine = panel + line->panel + u / kTileVecs * t.block + u % kTileVecs * kLanes;
+      const auto input = [&](int q, int v) __attribute__((always_inline)) {
+        return load(from[q] + at + v * kLanes, !PART || u + v < V - 1, rest);
+      };
+      f32v x[Q][kSide];
+      const auto add = [&]() __attribute__((always_inline)) {
+        for (int v = 0; v < kSide; ++v) {
 #pragma GCC unroll 16
-      for (int j = 0; j < G; ++j) {
-        const f32v b = Vec<float>::load(mine + j * kTileCols);
-        for (int q = 0; q < Q; ++q) acc[q][v] += of_group<G>(x[q], j) * b;
+          for (int j = 0; j < G; ++j) {
+            const f32v b = Vec<float>::load(mine + v / kTileVecs * t.block + v % kTileVecs * kLanes + j * kTileCols);
+            for (int q = 0; q < Q; ++q) acc[q][u + v] += of_group<G>(x[q][v], j) * b;
+          }
+        }
+      };
+      for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < kSide; ++v) x[q][v] = input(q, v);
+      for (int64_t i = 1; i < line->count; ++i) {
+        add();
+        mine += line->next;
+        at += SLIDE ? step : t.advance;
+        for (int v = 0; v < kSide; ++v) {
+          for (int q = 0; q < Q - 1; ++q) x[q][v] = SLIDE ? x[q + 1][v] : input(q, v);
+          x[Q - 1][v] = input(Q - 1, v);
+        }
       }
+      add();
     }
   }
   if (is_plain(t.epilogue)) {
@@ -74,8 +93,8 @@ FASTCONV_INLINE void grouped_outputs(const GroupedTask<T>& t, const T* in, int64
 
 // `count` outputs in a line, all channels in [c0, c1): memory is read in its order, which the prefetcher follows. One
 // block of channels at a time over a whole row was up to 1.6 times slower where the rows do not lie in L1.
-template <class T, int G>
-void grouped_line(const GroupedTask<T>& t, const T* in, int64_t step, const GroupedRead* reads, const GroupedRead* end,
+template <class T, int G, bool SLIDE>
+void grouped_line(const GroupedTask<T>& t, const T* in, int64_t step, const GroupedLine* line, const GroupedLine* end,
                   int64_t at, int64_t at_step, int64_t count, int64_t c0, int64_t c1) {
   const int64_t blocks = (c1 - c0) / kTileCols;
   const int n = (int)(c1 - c0 - blocks * kTileCols);
@@ -85,17 +104,19 @@ void grouped_line(const GroupedTask<T>& t, const T* in, int64_t step, const Grou
     int64_t c = c0, left = blocks;
     if (Q == 1)  // too few sums to hide their latency: two blocks side by side
       for (; left >= 2; left -= 2, c += 2 * kTileCols, panel += 2 * t.block)
-        grouped_outputs<T, G, Q, 2 * kTileVecs, false>(t, in + c, step, panel, reads, end, at, at_step, c, 0);
+        grouped_outputs<T, G, Q, 2 * kTileVecs, false, SLIDE>(t, in + c, step, panel, line, end, at, at_step, c, 0);
     for (; left > 0; --left, c += kTileCols, panel += t.block)
-      grouped_outputs<T, G, Q, kTileVecs, false>(t, in + c, step, panel, reads, end, at, at_step, c, 0);
+      grouped_outputs<T, G, Q, kTileVecs, false, SLIDE>(t, in + c, step, panel, line, end, at, at_step, c, 0);
     if (n > kLanes)
-      grouped_outputs<T, G, Q, 2, true>(t, in + c, step, panel, reads, end, at, at_step, c, n - kLanes);
+      grouped_outputs<T, G, Q, 2, true, SLIDE>(t, in + c, step, panel, line, end, at, at_step, c, n - kLanes);
     else if (n == kLanes)
-      grouped_outputs<T, G, Q, 1, false>(t, in + c, step, panel, reads, end, at, at_step, c, 0);
+      grouped_outputs<T, G, Q, 1, false, SLIDE>(t, in + c, step, panel, line, end, at, at_step, c, 0);
     else if (n > 0)
-      grouped_outputs<T, G, Q, 1, true>(t, in + c, step, panel, reads, end, at, at_step, c, n);
+      grouped_outputs<T, G, Q, 1, true, SLIDE>(t, in + c, step, panel, line, end, at, at_step, c, n);
     in += Q * step, at += Q * at_step, count -= Q;
   };
+  if constexpr (SLIDE && FASTCONV_VEC_BYTES == 64)  // 7 are 4 + 3, 8 are 4 + 4
+    while (count == 6 || count > 8) outputs(Constant<6>{});
   while (count >= 4) outputs(Constant<4>{});
   if (count == 3) outputs(Constant<3>{});
   if (count == 2) outputs(Constant<2>{});
@@ -107,21 +128,25 @@ void grouped_line(const GroupedTask<T>& t, const T* in, int64_t step, const Grou
 template <class T, int G>
 void grouped(const GroupedTask<T>& t, int64_t row0, int64_t row1, int64_t c0, int64_t c1) {
   const int64_t out_image = t.out_h * t.out_w * t.channels;
+  const auto along_row = t.slides ? grouped_line<T, G, true> : grouped_line<T, G, false>;
   for (int64_t row = row0; row < row1; ++row) {
     const int64_t h = row % t.out_h, n0 = row / t.out_h * t.at_once;
     const int64_t images = t.n - n0 < t.at_once ? t.n - n0 : t.at_once;
     const T* first = t.input + n0 * t.in_image + t.rows[h].in;
     for (int64_t i = 0; i < t.n_runs; ++i) {
       const GroupedRun run = t.runs[i];
-      const int64_t* list = t.read_begin + t.rows[h].run * t.n_runs + i;
-      const GroupedRead *reads = t.reads + list[0], *end = t.reads + list[1];
+      const int64_t* list = t.line_begin + t.rows[h].run * t.n_runs + i;
+      const GroupedLine *line = t.lines + list[0], *end = t.lines + list[1];
       const int64_t at_first = ((n0 * t.out_h + h) * t.out_w + run.out) * t.channels, at_run = run.step * t.channels;
       const bool along = images == 1 || run.count >= kGroupedSide;
-      const int64_t step = along ? t.step : t.in_image, at_step = along ? at_run : out_image;
-      const int64_t next = along ? t.in_image : t.step, at_next = along ? out_image : at_run;
-      for (int64_t k = 0; k < (along ? images : run.count); ++k)
-        grouped_line<T, G>(t, first + k * next, step, reads, end, at_first + k * at_next, at_step,
-                           along ? run.count : images, c0, c1);
+      if (along) {
+        for (int64_t k = 0; k < images; ++k)
+          along_row(t, first + k * t.in_image, t.step, line, end, at_first + k * out_image, at_run, run.count, c0, c1);
+      } else {
+        for (int64_t k = 0; k < run.count; ++k)
+          grouped_line<T, G, false>(t, first + k * t.step, t.in_image, line, end, at_first + k * at_run, out_image,
+                                    images, c0, c1);
+      }
     }
   }
 }

@@ -18,10 +18,11 @@ struct GroupedRow {
   int64_t run, in;
 };
 
-// A tap of the filter at the first output of a run of rows and a run of columns: the input element that it reads, from
-// the start of the image, and its place in a panel.
-struct GroupedRead {
-  int64_t in, panel;
+// Taps of a filter row, `count` of them, each of which reads GroupedTask::advance elements behind the one before it:
+// the input element that the first one reads at the first output of a run of rows and a run of columns, from the start
+// of the image, its place in a panel, and the elements of a panel from one to the next.
+struct GroupedLine {
+  int64_t in, panel, next, count;
 };
 
 constexpr int64_t kGroupedSide = 4;  // outputs that are summed side by side
@@ -34,9 +35,11 @@ struct GroupedTask {
   const GroupedRow* rows;  // [out_h]
   const GroupedRun* runs;  // of columns
   int64_t n_runs;
-  const GroupedRead* reads;  // of row run a and column run b: [read_begin[i], read_begin[i + 1]), i = a * n_runs + b
-  const int64_t* read_begin;
+  const GroupedLine* lines;  // of row run a and column run b: [line_begin[i], line_begin[i + 1]), i = a * n_runs + b
+  const int64_t* line_begin;
   int64_t step;        // input elements from one output column of a run to the next
+  int64_t advance;     // input elements from one tap of a line to the next
+  bool slides;         // advance is step: a tap reads for one output what the next tap reads for the output before it
   int64_t n, at_once;  // images; how many of them, 1 or kGroupedSide, are worked on together
   int64_t in_image;    // elements
   int64_t out_h, out_w, channels;
