@@ -174,11 +174,44 @@ void grouped_pack(const W* weight, int64_t taps, bool transposed, int64_t c0, in
   }
 }
 
+// Whether the sums of NT taps, their inputs and dz fit in registers, of V vectors each.
+template <int NT>
+constexpr bool slides(int V) {
+  return FASTCONV_VEC_BYTES == 64 && NT * V * 2 + V < 32;
+}
+
+// `count` outputs of a row from dz on, `step` elements apart: the gradients of NR filter rows of S taps, whose first
+// taps read x[0], x[1], ... at the first output. Inputs slide through registers, SHIFT taps from one output to the
+// next.
+template <class T, int NR, int S, int SHIFT, int V, bool FULL>
+FASTCONV_INLINE void grouped_wgrad_slide(const T* dz, const T* const* x, int64_t tap, int64_t step, int64_t count,
+                                         int n, f32v (*acc)[V]) {
+  f32v window[NR][S][V];
+  const auto read = [&](int r, int s, int64_t at) __attribute__((always_inline)) {
+    for (int v = 0; v < V; ++v) window[r][s][v] = load(x[r] + at * tap + v * kLanes, FULL, n - v * kLanes);
+  };
+  for (int r = 0; r < NR; ++r)
+    for (int s = 0; s < S - SHIFT; ++s) read(r, s, s);
+  for (int64_t i = 0; i < count; ++i, dz += step) {
+    for (int r = 0; r < NR; ++r)
+      for (int s = S - SHIFT; s < S; ++s) read(r, s, i * SHIFT + s);
+    for (int v = 0; v < V; ++v) {
+      const f32v g = load(dz + v * kLanes, FULL, n - v * kLanes);
+      for (int r = 0; r < NR; ++r)
+        for (int s = 0; s < S; ++s) acc[r * S + s][v] += g * window[r][s][v];
+      for (int r = 0; r < NR; ++r)
+        for (int s = 0; s < S - SHIFT; ++s) window[r][s][v] = window[r][s + SHIFT][v];
+    }
+  }
+}
+
 // sums[tap][j][kTileCols] += the gradient of NT taps over the output rows [row0, row1), V vectors of channels from c.
 template <class T, int G, int NT, int V, bool FULL>
 FASTCONV_INLINE void grouped_wgrad_vectors(const GroupedWgradTask<T>& t, int64_t row0, int64_t row1, int64_t c, int n,
                                            float* sums) {
   constexpr uint32_t kAll = (1u << NT) - 1;
+  constexpr int kRow = grouped_row_taps(NT);
+  constexpr bool kSlides = G == 1 && kRow > 0 && slides<NT>(V);
   f32v acc[NT * G][V];
   for (int i = 0; i < NT * G; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = f32v{};
@@ -191,6 +224,20 @@ FASTCONV_INLINE void grouped_wgrad_vectors(const GroupedWgradTask<T>& t, int64_t
     int64_t origin = ((image * t.h + p * t.stride_h - t.pad_h) * t.w - t.pad_w) * t.channels;
     const T* dz = t.dz + row * t.q * t.channels + c;
     for (int64_t q = 0; q < t.q; ++q, dz += t.channels, origin += t.stride_w * t.channels) {
+      if constexpr (kSlides) {
+        if (t.shift > 0 && q == t.slide_begin && row_mask == kAll) {
+          constexpr int kRows = NT / kRow;
+          const T* x[kRows];
+          for (int r = 0; r < kRows; ++r) x[r] = t.x + (origin + offsets[r * kRow]);
+          const int64_t tap = offsets[1] - offsets[0], count = t.slide_end - q;
+          if (t.shift == 1)
+            grouped_wgrad_slide<T, kRows, kRow, 1, V, FULL>(dz, x, tap, t.channels, count, n, acc);
+          else
+            grouped_wgrad_slide<T, kRows, kRow, 2, V, FULL>(dz, x, tap, t.channels, count, n, acc);
+          q += count, dz += count * t.channels, origin += count * t.stride_w * t.channels;
+          if (q == t.q) break;
+        }
+      }
       const uint32_t mask = row_mask & t.column_mask[q];
       f32v g[V];
       for (int v = 0; v < V; ++v) g[v] = load(dz + v * kLanes, FULL, n - v * kLanes);
@@ -219,10 +266,9 @@ FASTCONV_INLINE void grouped_wgrad_vectors(const GroupedWgradTask<T>& t, int64_t
     }
 }
 
-// n of kTileCols channels from c. AVX2 has half the registers: one vector at a time, as 16 sums of a tap have.
-template <class T, int G, int NT>
-void grouped_wgrad_taps(const GroupedWgradTask<T>& t, int64_t row0, int64_t row1, int64_t c, int n, float* sums) {
-  constexpr int kSide = FASTCONV_VEC_BYTES == 64 && G < 16 ? kTileVecs : 1;
+// n of kTileCols channels from c, kSide vectors at a time.
+template <class T, int G, int NT, int kSide>
+void grouped_wgrad_side(const GroupedWgradTask<T>& t, int64_t row0, int64_t row1, int64_t c, int n, float* sums) {
   for (int v = 0; v < kTileVecs && n > v * kLanes; v += kSide) {
     const int left = n - v * kLanes;
     for (int u = 0; u < kSide && left < kSide * kLanes && left > u * kLanes; ++u) {  // not all of them
@@ -237,6 +283,14 @@ void grouped_wgrad_taps(const GroupedWgradTask<T>& t, int64_t row0, int64_t row1
     if (left >= kSide * kLanes)
       grouped_wgrad_vectors<T, G, NT, kSide, true>(t, row0, row1, c + v * kLanes, left, sums + v * kLanes);
   }
+}
+
+// AVX2 has half the registers: one vector at a time, as 16 sums of a tap have, and nine taps that slide.
+template <class T, int G, int NT>
+void grouped_wgrad_taps(const GroupedWgradTask<T>& t, int64_t row0, int64_t row1, int64_t c, int n, float* sums) {
+  constexpr int kSide = FASTCONV_VEC_BYTES == 64 && G < 16 ? kTileVecs : 1;
+  if (kSide > 1 && t.shift > 0 && !slides<NT>(kSide)) return grouped_wgrad_side<T, G, NT, 1>(t, row0, row1, c, n, sums);
+  grouped_wgrad_side<T, G, NT, kSide>(t, row0, row1, c, n, sums);
 }
 
 // At most grouped_taps(G) taps.

@@ -60,6 +60,12 @@ struct GroupedWgradTask {
   // bit i of row_mask[p] & column_mask[q] says whether tap i reads inside the input there.
   const int64_t* offsets;
   const uint32_t *row_mask, *column_mask;
+  // Where the taps are whole filter rows and the next output reads what this one read, `shift` taps further: 1 or 2,
+  // for the columns [slide_begin, slide_end), where all of them read inside the input. Else 0.
+  int64_t shift, slide_begin, slide_end;
 };
+
+// Taps of the filter row that a pass of so many taps consists of, or of each of its rows; 0: they do not slide.
+constexpr int grouped_row_taps(int taps) { return taps == 5 || taps == 7 ? taps : taps % 3 == 0 ? 3 : 0; }
 
 }  // namespace fastconv::cpu
