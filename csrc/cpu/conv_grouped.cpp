@@ -64,7 +64,6 @@ struct GroupedPlan {
   std::vector<GroupedLine> lines;
   std::vector<int64_t> line_begin{0};
   int64_t step, advance;
-  bool slides;
 
   GroupedPlan(const ConvParams& p, bool transposed, int64_t panel) {  // elements of one tap in it
     const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
@@ -76,8 +75,7 @@ struct GroupedPlan {
       rows.push_back({rows_of.run_of[o], rows_of.index[o] * rows_of.mul * in_w * p.c});
     runs = columns_of.runs, step = columns_of.mul * p.c;
     // 3 taps with a stride share one input of four outputs' 12: 3x3 in bf16 by up to 15% faster from tap to tap.
-    slides = transposed || p.dil_w == p.stride_w || p.s > 3;
-    advance = slides ? step : p.dil_w * p.c;
+    advance = transposed || p.s > 3 ? step : p.dil_w * p.c;
     for (const GroupedRun& a : rows_of.runs) {
       for (const GroupedRun& b : runs) {
         for (int64_t r = 0; r < p.r; ++r) {
@@ -124,7 +122,7 @@ void run_grouped(const ConvParams& p, bool transposed, const T* input, const W* 
   task.input = input, task.epilogue = e;
   task.rows = plan.rows.data(), task.runs = plan.runs.data(), task.n_runs = static_cast<int64_t>(plan.runs.size());
   task.lines = plan.lines.data(), task.line_begin = plan.line_begin.data();
-  task.step = plan.step, task.advance = plan.advance, task.slides = plan.slides;
+  task.step = plan.step, task.advance = plan.advance;
   task.in_image = (transposed ? p.p * p.q : p.h * p.w) * p.c;
   task.out_h = transposed ? p.h : p.p, task.out_w = transposed ? p.w : p.q;
   const int64_t taps = p.r * p.s;
@@ -191,6 +189,7 @@ struct WgradPasses {
   // 14 columns 129 us by taps, 132 to 150 sliding, on 28 347 : 268 to 362, on 56 1181 : 736; in bf16 on 14 columns 112
   // : 98, on 4 62 : 81.
   void find_slide(const ConvParams& p, int64_t most, int64_t element) {
+    if (active_isa() < Isa::avx512) return;  // too few registers
     if (most < 9 || (p.s != 3 && p.s != 5 && p.s != 7) || p.stride_w % p.dil_w != 0 || p.stride_w > 2 * p.dil_w) return;
     const auto reads = [&](int64_t o, int64_t s) { return tap_touches(p.w, p.stride_w, p.pad_w, p.dil_w, o, s); };
     const int64_t least = p.s > 3 ? 4 : element == 4 ? 20 : 12;
@@ -225,23 +224,8 @@ void run_weight_grad(const ConvParams& p, const T* dz, const T* x, D* dw) {
       const int n = static_cast<int>(std::min(block, p.c - c));
       float* mine = sums + i * part;
       std::memset(mine, 0, part * 4);
-      GroupedWgradTask<T> t{dz,
-                            x,
-                            p.p,
-                            p.q,
-                            p.h,
-                            p.w,
-                            p.c,
-                            p.stride_h,
-                            p.stride_w,
-                            p.pad_h,
-                            p.pad_w,
-                            nullptr,
-                            nullptr,
-                            nullptr,
-                            passes.shift,
-                            passes.slide_begin,
-                            passes.slide_end};
+      GroupedWgradTask<T> t{dz, x, p.p, p.q, p.h, p.w, p.c, p.stride_h, p.stride_w, p.pad_h, p.pad_w};
+      t.shift = passes.shift, t.slide_begin = passes.slide_begin, t.slide_end = passes.slide_end;
       const int64_t begin_row = pieces * j / parts * piece, end_row = std::min(rows, pieces * (j + 1) / parts * piece);
       for (int64_t row = begin_row; row < end_row; row += piece) {
         for (size_t k = 0; k + 1 < passes.begin.size(); ++k) {

@@ -11,10 +11,10 @@
 // loaded once for that many multiply-adds, and the sums hide their latency. They are neighbours in a row, whose inputs
 // slide through registers from tap to tap, one load each, or on small maps one of each of four images. Every lane meets
 // its group's channels by G permutations of the vector, one for each j. Weights come from a panel [tap][j][channels] in
-// fp32, transposed once per call and thread. The weight gradient keeps up to 18 sums in registers over many rows.
-// Accumulation: fp32; the weight gradient is summed in pieces of about a thousand positions, which are added in order.
-// Bytes: x and y once each, the rows of x that a filter shares from L1 or L2. FLOPs: 2 n p q k G per tap that reads
-// data. Limits: fp32 and bf16.
+// fp32, transposed once per call and thread. The weight gradient keeps up to 18 sums in registers over many rows, and
+// on wider maps slides likewise. Accumulation: fp32; the weight gradient is summed in pieces of about a thousand
+// positions, which are added in order. Bytes: x and y once each, the rows of x that a filter shares from L1 or L2.
+// FLOPs: 2 n p q k G per tap that reads data. Limits: fp32 and bf16.
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
@@ -128,7 +128,7 @@ void grouped_line(const GroupedTask<T>& t, const T* in, int64_t step, const Grou
 template <class T, int G>
 void grouped(const GroupedTask<T>& t, int64_t row0, int64_t row1, int64_t c0, int64_t c1) {
   const int64_t out_image = t.out_h * t.out_w * t.channels;
-  const auto along_row = t.slides ? grouped_line<T, G, true> : grouped_line<T, G, false>;
+  const auto along_row = t.advance == t.step ? grouped_line<T, G, true> : grouped_line<T, G, false>;
   for (int64_t row = row0; row < row1; ++row) {
     const int64_t h = row % t.out_h, n0 = row / t.out_h * t.at_once;
     const int64_t images = t.n - n0 < t.at_once ? t.n - n0 : t.at_once;

@@ -25,7 +25,7 @@ struct GroupedLine {
   int64_t in, panel, next, count;
 };
 
-constexpr int64_t kGroupedSide = 4;  // outputs that are summed side by side
+constexpr int64_t kGroupedSide = 4;  // images, or at least so many outputs of a row, that are summed side by side
 
 // One thread's share of a forward pass (input x, output y) or a data gradient (input dz, output dx).
 template <class T>
@@ -38,8 +38,7 @@ struct GroupedTask {
   const GroupedLine* lines;  // of row run a and column run b: [line_begin[i], line_begin[i + 1]), i = a * n_runs + b
   const int64_t* line_begin;
   int64_t step;        // input elements from one output column of a run to the next
-  int64_t advance;     // input elements from one tap of a line to the next
-  bool slides;         // advance is step: a tap reads for one output what the next tap reads for the output before it
+  int64_t advance;     // input elements from one tap of a line to the next; where it is step, inputs slide
   int64_t n, at_once;  // images; how many of them, 1 or kGroupedSide, are worked on together
   int64_t in_image;    // elements
   int64_t out_h, out_w, channels;
