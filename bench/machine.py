@@ -46,14 +46,16 @@ def free_memory() -> int:
 def slug(device: torch.device) -> str:
     """The folder under bench/results: nvidia-h100-80gb-hbm3, cpu-amd-epyc-2-cores, cpu-intel-xeon-amx-2-cores.
 
-    Virtual machines name every Xeon alike, and those with matrix instructions are another machine to bf16.
+    Virtual machines name every Xeon alike, and every EPYC: those with matrix instructions are another machine to bf16,
+    and those without AVX-512 (cpu-amd-epyc-avx2-2-cores) another one altogether.
     """
     facts = device_facts(device)
     name = re.sub(r"\(\w+\)|\bprocessor\b|\bcpu\b|@.*", " ", facts["name"], flags=re.IGNORECASE)
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if device.type == "cuda":
         return name
-    return f"cpu-{name}{'-amx' if 'AMX' in facts['detail'] else ''}-{os.cpu_count()}-cores"
+    kind = next((f"-{set_.lower()}" for set_ in ("AMX", "AVX2") if set_ in facts["detail"]), "")
+    return f"cpu-{name}{kind}-{os.cpu_count()}-cores"
 
 
 def versions() -> dict:
@@ -127,24 +129,34 @@ def _best_seconds(run, device: torch.device, repeats: int) -> float:
 def rates(device: torch.device) -> dict[str, float]:
     """What the machine reaches at best, measured: copy in GB/s (read + write), matrix products in TFLOP/s by dtype.
 
-    On a CPU the product is tried as a 1x1 convolution too: MKL's fp32 product uses half of an AMD processor's width.
+    On a CPU the product is tried as a 1x1 convolution too: MKL's fp32 product uses half of an AMD processor's width. A
+    CPU without bf16 instructions, where stock PyTorch multiplies bf16 a hundred times slower than fp32, gets the rate
+    of fp32 for both: a program can widen.
     """
     size = 2**28 if device.type == "cuda" else 2**26
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     found = {"copy": 2 * size / _best_seconds(lambda: target.copy_(source), device, 20) / 1e9}
-    n = 8192 if device.type == "cuda" else 2048
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if device.type == "cpu" and dtype is torch.float16:
-            continue  # no CPU here multiplies in it
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = _best_seconds(lambda a=a, b=b: a @ b, device, 10)
-        if device.type == "cpu":
-            x = a.view(2, n // 64, 32, n).permute(0, 3, 1, 2)  # n rows as 2 images of n/64 x 32, channels last
-            w = b.view(n, n, 1, 1)
-            seconds = min(seconds, _best_seconds(lambda x=x, w=w: torch.conv2d(x, w), device, 10))
-        found[name] = 2 * n**3 / seconds / 1e12
-    return found
+    if device.type == "cuda":
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            found[name] = _product_rate(8192, dtype, device)
+        return found
+    found["fp32"] = _product_rate(2048, torch.float32, device)
+    least = _product_rate(256, torch.bfloat16, device)  # 2048 cubed at a hundredth of fp32's rate: ten minutes
+    slow = least < found["fp32"] / 4
+    found["bf16"] = found["fp32"] if slow else _product_rate(2048, torch.bfloat16, device)
+    return found  # no CPU here multiplies in fp16
+
+
+def _product_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of n x n x n."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = _best_seconds(lambda: a @ b, device, 10)
+    if device.type == "cpu":
+        x = a.view(2, n // 64, 32, n).permute(0, 3, 1, 2)  # n rows as 2 images of n/64 x 32, channels last
+        w = b.view(n, n, 1, 1)
+        seconds = min(seconds, _best_seconds(lambda: torch.conv2d(x, w), device, 10))
+    return 2 * n**3 / seconds / 1e12
 
 
 def facts(device: torch.device) -> dict:
