@@ -105,3 +105,17 @@ def test_one_wide_position_with_a_stride(groups, padding):
         del left
         check_sums(fastconv.functional.conv2d_bias_act(x, weight, stride=(1, 4), padding=(2, padding), groups=groups,
                                                   activation="identity"), oracle, magnitude)  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", (1, 3, 7))
+def test_strided_pixels_of_few_channels(channels):
+    """On processors without AVX-512, oneDNN 3.10 writes out of bounds here, and stock PyTorch aborts in free()."""
+    x = torch.randn(2, channels, 64, 64).to(memory_format=LAST)
+    grad = torch.randn(2, 16, 32, 32).to(memory_format=LAST)
+    oracle = torch.einsum("nkhw,nchw->kc", grad.double(), x[:, :, ::2, ::2].double())
+    magnitude = torch.einsum("nkhw,nchw->kc", grad.double().abs(), x[:, :, ::2, ::2].double().abs())
+    for _ in range(20):
+        _, out = torch.ops.fastconv.conv2d_backward(
+            grad, x, torch.empty(16, channels, 1, 1).to(memory_format=LAST), [2, 2], [0, 0], [1, 1], 1, [False, True]
+        )
+        check_sums(out.view_as(oracle), oracle, magnitude)

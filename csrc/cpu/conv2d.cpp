@@ -97,9 +97,14 @@ at::Tensor aten_forward(const ConvParams& p, const at::Tensor& x, const at::Tens
 std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::Tensor& dy, const at::Tensor& x,
                                                  const at::Tensor& weight, std::array<bool, 2> mask) {
   const Cropped live(p, weight);
-  auto [dx, dw, db] =
-      at::convolution_backward(dy, x, live.weight, std::nullopt, {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad},
-                               live.dilation(p), false, {0, 0}, p.groups, {mask[0], mask[1], false});
+  // Without AVX-512, oneDNN 3.10's channels_last weight gradient of a 1x1 filter with a stride on 2 to 7 channels
+  // writes out of bounds (fp32, 3 channels of 64x64: the process aborts in free()); its NCHW kernels do not.
+  const bool nchw = live.h.taps * live.w.taps == 1 && std::max(p.stride_h, p.stride_w) > 1 && p.c < 8;
+  // A copy with NCHW's own strides: those of a 1x1 map or of one channel can mean either layout.
+  const auto given = [&](const at::Tensor& t) { return nchw ? t.clone(at::MemoryFormat::Contiguous) : t; };
+  auto [dx, dw, db] = at::convolution_backward(given(dy), given(x), given(live.weight), std::nullopt,
+                                               {p.stride_h, p.stride_w}, {live.h.pad, live.w.pad}, live.dilation(p),
+                                               false, {0, 0}, p.groups, {mask[0], mask[1], false});
   if (!mask[1]) return {dx, dw};
   if (!live.all(p)) {
     const at::Tensor full = at::zeros_like(weight, {}, kLast);

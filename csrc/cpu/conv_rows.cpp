@@ -182,6 +182,30 @@ const char* rows_refusal(const ConvParams& p, int64_t element) {
   return nullptr;
 }
 
+// Without AVX-512, oneDNN 3.10 multiplies bf16 at 17 GFLOP/s a core and the row classes at 60. In fp32 stock was faster
+// here (one thread of a Zen 3, on 8x14x14 with 128 channels on the other side, and 16, 24, 32 and 64 to as many on
+// 28x28 and 56x56, ratios as below):
+// - output columns of whole vectors that fill less than 0.8 of the 16-wide tiles: fprop K = 8, 24 (3x3) at 0.76, 0.82,
+//   24 to 24 at 0.57 - 0.83; dgrad C = 4, 8, 24 (3x3) at 0.67, 0.76, 0.89; 1x1 data gradients won all, 1.1 - 3.5;
+// - few channels on both sides: fprop 16 to 16 at 0.57 (1x1) and 0.92, 32 to 32 at 0.84 - 0.95; 3x3 dgrad 0.78, 0.86;
+//   wgrad 16 to 16 at 0.70 - 0.94, K = 16 on 3 channels at 0.75. Other weight gradients: 0.9 - 3.3.
+static bool avx2_worthwhile(const ConvParams& p, int64_t element, ConvPass pass) {
+  if (element == 2) return true;
+  const auto filled = [](int64_t columns) {
+    return columns % 8 == 0 ? columns * 10 >= (columns + 15) / 16 * 16 * 8 : columns > 8;
+  };
+  const bool single = p.r * p.s == 1;
+  switch (pass) {
+    case ConvPass::forward:
+      return filled(p.k) && (gathers(p) ? p.r * p.s * p.c >= 32 || p.k >= 64 : p.k >= 32 || p.c >= 32);
+    case ConvPass::input_grad:
+      return single || (filled(p.c) && (p.k >= 32 || p.c >= 128));
+    case ConvPass::weight_grad:
+      return p.k >= 32 || (p.c >= 32 && !gathers(p));
+  }
+  return false;
+}
+
 // Where stock was faster, one thread each, on Zen 5, ratio oneDNN : here (a ratio below 1 is a loss):
 // - output columns that fill less than 0.8 of the 32-wide tiles: fprop K = 8, 16, 41, 48 at 0.64, 0.65, 0.89, 0.82;
 // dgrad C = 3, 8, 16, 48 at
@@ -198,9 +222,10 @@ const char* rows_refusal(const ConvParams& p, int64_t element) {
 // - fp32 weight gradient, maps from 14x14 on: 0.71 - 0.95 (8x8: 0.83 - 1.01); an AMD EPYC loses none of these layers;
 // - tile registers, maps from 56x56 on: data gradient of 32 filters 0.54 - 0.83, of more of them 0.68 - 0.92; weight
 //   gradient on 32 channels 0.67 - 0.75.
-// Everywhere else it won: see the table in kernels/conv_rows.h.
+// Everywhere else it won: see the table in kernels/conv_rows.h. AVX2 has narrower tiles, and rules of its own.
 bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool packed) {
   if (rows_refusal(p, element) != nullptr || active_isa() == Isa::portable) return false;
+  if (active_isa() == Isa::avx2) return avx2_worthwhile(p, element, pass);
   auto filled = [](int64_t columns) { return columns * 10 >= (columns + 31) / 32 * 32 * 8; };
   const bool single = p.r * p.s == 1, xeon = tile_registers<bf16>(), registers = element == 2 && xeon;
   const int64_t work = p.n * p.p * p.q * p.k * p.c * p.r * p.s;  // multiply-adds
@@ -219,8 +244,7 @@ bool rows_worthwhile(const ConvParams& p, int64_t element, ConvPass pass, bool p
       if (large && registers && !single && (p.k < 32 || (p.c <= 32 && p.q >= 48))) return false;
       if (large && element == 4 && (single ? p.k % tile_shape<float>().rows != 0 : p.c < 128 && p.k < 8)) return false;
       if (xeon && element == 4 && !single && p.q >= 14 && work >= 1 << 26) return false;
-      // AVX2 packs for its six rows element by element: 0.9 - 1.0 on 3x3x64.
-      return filled(p.c) && (active_isa() >= Isa::avx512 || element == 2 || single || p.c >= 128);
+      return filled(p.c);
     }
   }
   return false;

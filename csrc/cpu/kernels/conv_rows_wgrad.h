@@ -48,6 +48,13 @@ inline void pack_rows(const T* const* rows, int64_t units, int64_t k0, int64_t k
       *(__m256i*)to = _mm512_castsi512_si256((__m512i)z);
       *(__m256i*)(to + stride) = _mm512_extracti64x4_epi64((__m512i)z, 1);
     }
+#elif FASTCONV_VEC_BYTES == 32
+    // Whole vectors: two units too many, which the next ones, or nothing but the gap between blocks, lie under.
+    static_assert(kLanes == kTileRows + 2 && kLanes == 8);
+    for (; k < k1; k += kTileRows, to += stride) {
+      const int n = k1 - k < kLanes ? (int)(k1 - k) : kLanes;
+      *(u32v_u*)to = zip_units<T>(lo + k, hi ? hi + k : nullptr, n);
+    }
 #endif
     for (; k < k1; k += kTileRows, to += stride) {
       uint32_t t[kTileRows] = {};

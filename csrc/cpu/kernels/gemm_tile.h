@@ -37,6 +37,18 @@ typedef u32v u32v_u __attribute__((aligned(2), may_alias));
 
 FASTCONV_INLINE u32v broadcast_unit(const char* p) { return u32v{} + *(const unit_u*)p; }
 
+// The same where it is written, once more where it was read before: GCC 12 would shift the scalar and move it across to
+// the vectors, or keep the vector and spill others.
+FASTCONV_INLINE u32v broadcast_again(const char* p) {
+#if FASTCONV_VEC_BYTES == 32
+  u32v v;
+  asm volatile("vpbroadcastd %1, %0" : "=x"(v) : "m"(*(const unit_u*)p));
+  return v;
+#else
+  return broadcast_unit(p);
+#endif
+}
+
 FASTCONV_INLINE f32v dot(float, f32v acc, u32v a, u32v b) { return acc + (f32v)a * (f32v)b; }
 
 FASTCONV_INLINE f32v dot(bf16, f32v acc, u32v a, u32v b) {
@@ -46,6 +58,35 @@ FASTCONV_INLINE f32v dot(bf16, f32v acc, u32v a, u32v b) {
   acc += (f32v)(a << 16) * (f32v)(b << 16);
   return acc + (f32v)(a & 0xffff0000u) * (f32v)(b & 0xffff0000u);
 #endif
+}
+
+// One unit of R rows, unit(i) the address of row i's, against one of the panel.
+template <class T, int R, class Unit>
+FASTCONV_INLINE void tile_step(f32v (&acc)[R][kTileVecs], const char* b, const Unit& unit) {
+#if FASTCONV_VEC_BYTES < 64
+  if constexpr (sizeof(T) ==
+                2) {  // 16 registers: the low halves of all rows, then the high ones, have two vectors of b
+    const auto step = [&](const auto& widened) {
+      const f32v b0 = widened(*(const u32v_u*)b), b1 = widened(*(const u32v_u*)(b + FASTCONV_VEC_BYTES));
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const f32v a = widened(broadcast_again(unit(i)));
+        acc[i][0] += a * b0;
+        acc[i][1] += a * b1;
+      }
+    };
+    step([](u32v v) __attribute__((always_inline)) { return (f32v)(v << 16); });
+    step([](u32v v) __attribute__((always_inline)) { return (f32v)(v & 0xffff0000u); });
+    return;
+  }
+#endif
+  const u32v b0 = *(const u32v_u*)b, b1 = *(const u32v_u*)(b + FASTCONV_VEC_BYTES);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    const u32v a = broadcast_unit(unit(i));
+    acc[i][0] = dot(T{}, acc[i][0], a, b0);
+    acc[i][1] = dot(T{}, acc[i][1], a, b1);
+  }
 }
 
 // The first n of a vector. AVX-512 masks; vec.h's loop over elements took most of the time where channels are no
@@ -156,16 +197,10 @@ __attribute__((noinline)) void tile_rows(const char* const* rows, const RowsSegm
       }
       summed += units;
       for (int64_t u = 0; u < units; ++u) {
-        const u32v b0 = *(const u32v_u*)b, b1 = *(const u32v_u*)(b + FASTCONV_VEC_BYTES);
         __builtin_prefetch(b + kPanelAhead);
         if (kUnitBytes > 64) __builtin_prefetch(b + kPanelAhead + 64);
+        tile_step<T, R>(acc, b, [&](int i) { return row[i] + u * 4; });
         b += kUnitBytes;
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-          const u32v a = broadcast_unit(row[i] + u * 4);
-          acc[i][0] = dot(T{}, acc[i][0], a, b0);
-          acc[i][1] = dot(T{}, acc[i][1], a, b1);
-        }
       }
       for (int i = 0; i < R; ++i) row[i] += units * 4;
     }
@@ -245,14 +280,7 @@ __attribute__((noinline)) void tile_outer(const char* a, const char* b, const T*
   for (int i = 0; i < kTileRows; ++i) acc[i][0] = acc[i][1] = f32v{};
   for (int64_t u = 0; u < units; ++u) {
     const char* ua = DIRECT ? (const char*)a_rows[u] + (int64_t)a : a + u * (kTileRows * 4);
-    const char* ub = b + u * (kTileCols * 4);
-    const u32v b0 = *(const u32v_u*)ub, b1 = *(const u32v_u*)(ub + FASTCONV_VEC_BYTES);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-      const u32v x = broadcast_unit(ua + i * 4);
-      acc[i][0] = dot(T{}, acc[i][0], x, b0);
-      acc[i][1] = dot(T{}, acc[i][1], x, b1);
-    }
+    tile_step<T, kTileRows>(acc, b + u * (kTileCols * 4), [&](int i) { return ua + i * 4; });
   }
   if (n_rows == kTileRows && n_cols == kTileCols) {
     if constexpr (sizeof(D) == 4) {

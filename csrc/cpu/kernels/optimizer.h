@@ -19,6 +19,8 @@ namespace fastconv::cpu::FASTCONV_ISA_NS {
 inline f32v square_root(f32v x) {
 #if FASTCONV_VEC_BYTES == 64
   return (f32v)_mm512_sqrt_ps((__m512)x);
+#elif FASTCONV_VEC_BYTES == 32
+  return (f32v)_mm256_sqrt_ps((__m256)x);
 #else
   for (int i = 0; i < FASTCONV_VEC_BYTES / 4; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
