@@ -55,7 +55,7 @@ FASTCONV_INLINE u32v zip_filters(f32v a, f32v b) {
   for (int i = 0; i < 2 * kLanes; ++i) order[i] = (uint16_t)(i / 2 + (i % 2) * kLanes);
   return (u32v)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 #else
-  return ((u32v)widen(bf16{}, narrow(bf16{}, a)) >> 16) | (u32v)widen(bf16{}, narrow(bf16{}, b));
+  return ((u32v)rounded(bf16{}, a) >> 16) | (u32v)rounded(bf16{}, b);
 #endif
 }
 
@@ -104,8 +104,7 @@ __attribute__((noinline)) void few_rows_run(const FewRowsRun<T, W, R>& t, const 
         for (int f = 0; f < kFewFilters; ++f) d[f] = dot(T{}, d[f], dz(rows + f * U + r), x[r]);
     } else {
       f32v used[kFewFilters];
-      for (int f = 0; f < kFewFilters; ++f)
-        used[f] = sizeof(W) > sizeof(T) ? widen(bf16{}, narrow(bf16{}, w[f])) : w[f];
+      for (int f = 0; f < kFewFilters; ++f) used[f] = sizeof(W) > sizeof(T) ? rounded(bf16{}, w[f]) : w[f];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         f32v sum{};

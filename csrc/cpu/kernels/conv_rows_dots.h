@@ -80,10 +80,22 @@ __attribute__((noinline)) void tile_dots(const char* const* rows, const RowsGrou
         if (sizeof(W) > sizeof(T)) __builtin_prefetch(b + k * stride + ahead + kLanes, 0, 2);
         filter[k] = load_units<T>(b + k * stride);
       }
+      if constexpr (kHalves<T>) {
+        with_halves([&](const auto& widened) {
+          f32v half[F];
+          for (int k = 0; k < F; ++k) half[k] = widened(filter[k]);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        const u32v x = *(const u32v_u*)(row[i] + u * 4);
-        for (int k = 0; k < F; ++k) acc[i][k] = dot(T{}, acc[i][k], x, filter[k]);
+          for (int i = 0; i < R; ++i) {
+            const f32v x = widened(*(const u32v_u*)(row[i] + u * 4));
+            for (int k = 0; k < F; ++k) acc[i][k] += x * half[k];
+          }
+        });
+      } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+          const u32v x = *(const u32v_u*)(row[i] + u * 4);
+          for (int k = 0; k < F; ++k) acc[i][k] = dot(T{}, acc[i][k], x, filter[k]);
+        }
       }
     }
   }

@@ -60,13 +60,22 @@ FASTCONV_INLINE f32v dot(bf16, f32v acc, u32v a, u32v b) {
 #endif
 }
 
+// Without a bf16 dot product and with 16 registers: the low halves of all units, then the high ones, so that a tile's
+// sums stay in registers beside the halves of one vector. f(widened) with what widens either.
+template <class T>
+constexpr bool kHalves = sizeof(T) == 2 && FASTCONV_VEC_BYTES < 64;
+
+template <class F>
+FASTCONV_INLINE void with_halves(const F& f) {
+  f([](u32v v) __attribute__((always_inline)) { return (f32v)(v << 16); });
+  f([](u32v v) __attribute__((always_inline)) { return (f32v)(v & 0xffff0000u); });
+}
+
 // One unit of R rows, unit(i) the address of row i's, against one of the panel.
 template <class T, int R, class Unit>
 FASTCONV_INLINE void tile_step(f32v (&acc)[R][kTileVecs], const char* b, const Unit& unit) {
-#if FASTCONV_VEC_BYTES < 64
-  if constexpr (sizeof(T) ==
-                2) {  // 16 registers: the low halves of all rows, then the high ones, have two vectors of b
-    const auto step = [&](const auto& widened) {
+  if constexpr (kHalves<T>) {
+    with_halves([&](const auto& widened) {
       const f32v b0 = widened(*(const u32v_u*)b), b1 = widened(*(const u32v_u*)(b + FASTCONV_VEC_BYTES));
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
@@ -74,18 +83,15 @@ FASTCONV_INLINE void tile_step(f32v (&acc)[R][kTileVecs], const char* b, const U
         acc[i][0] += a * b0;
         acc[i][1] += a * b1;
       }
-    };
-    step([](u32v v) __attribute__((always_inline)) { return (f32v)(v << 16); });
-    step([](u32v v) __attribute__((always_inline)) { return (f32v)(v & 0xffff0000u); });
-    return;
-  }
-#endif
-  const u32v b0 = *(const u32v_u*)b, b1 = *(const u32v_u*)(b + FASTCONV_VEC_BYTES);
+    });
+  } else {
+    const u32v b0 = *(const u32v_u*)b, b1 = *(const u32v_u*)(b + FASTCONV_VEC_BYTES);
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-    const u32v a = broadcast_unit(unit(i));
-    acc[i][0] = dot(T{}, acc[i][0], a, b0);
-    acc[i][1] = dot(T{}, acc[i][1], a, b1);
+    for (int i = 0; i < R; ++i) {
+      const u32v a = broadcast_unit(unit(i));
+      acc[i][0] = dot(T{}, acc[i][0], a, b0);
+      acc[i][1] = dot(T{}, acc[i][1], a, b1);
+    }
   }
 }
 

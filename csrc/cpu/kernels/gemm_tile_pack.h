@@ -70,6 +70,9 @@ FASTCONV_INLINE u32v load_units(const W* p) {
     const f32v low = Vec<W>::load(p), high = Vec<W>::load(p + kLanes);
 #ifdef FASTCONV_DPBF16
     return (u32v)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#elif FASTCONV_VEC_BYTES == 32
+    const __m256i pieces = _mm256_packus_epi32((__m256i)bf16_bits(low), (__m256i)bf16_bits(high));
+    return (u32v)_mm256_permute4x64_epi64(pieces, 0xd8);  // low's halves came first and third
 #else
     const u16v halves[2] = {narrow(T{}, low), narrow(T{}, high)};
     u32v units;
@@ -122,7 +125,7 @@ FASTCONV_INLINE u32v zip_units(const W* a, const W* b, int n) {
   } else {
     const auto upper = [n](const W* p) {  // the bits in the upper half of each lane, as load_lanes() widens them
       const f32v x = load_lanes(p, n);
-      return (u32v)(sizeof(W) == sizeof(T) ? x : widen(bf16{}, narrow(bf16{}, x)));
+      return (u32v)(sizeof(W) == sizeof(T) ? x : rounded(bf16{}, x));
     };
     return (upper(a) >> 16) | (b ? upper(b) : u32v{});
   }

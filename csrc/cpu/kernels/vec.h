@@ -37,13 +37,16 @@ FASTCONV_INLINE f32v widen(bf16, u16v bits) { return (f32v)(widen_lanes(bits) <<
 #ifdef FASTCONV_DPBF16
 // One instruction; it takes subnormal numbers as zero, as the pair dot product does.
 FASTCONV_INLINE u16v narrow(bf16, f32v x) { return (u16v)_mm512_cvtneps_pbh((__m512)x); }
+FASTCONV_INLINE f32v rounded(bf16, f32v x) { return widen(bf16{}, narrow(bf16{}, x)); }
 #else
-FASTCONV_INLINE u16v narrow(bf16, f32v x) {
+FASTCONV_INLINE u32v bf16_bits(f32v x) {
   const u32v bits = (u32v)x;
-  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32v near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32v quiet = (bits >> 16) | 0x40u;  // a NaN stays one: rounding could carry it to infinity
-  return narrow_lanes((x != x) ? quiet : rounded);
+  return (x != x) ? quiet : near;
 }
+FASTCONV_INLINE u16v narrow(bf16, f32v x) { return narrow_lanes(bf16_bits(x)); }
+FASTCONV_INLINE f32v rounded(bf16, f32v x) { return (f32v)(bf16_bits(x) << 16); }  // lanes stay where they are
 #endif
 
 #if FASTCONV_VEC_BYTES == 64
