@@ -9,42 +9,83 @@
 
 namespace fastconv::cpu::FASTCONV_ISA_NS {
 
-// Output positions [begin, end) of n*p*q, channels [c0, c1); offsets may be null.
-template <class T>
-void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, int64_t begin, int64_t end, int64_t c0,
-                int64_t c1) {
+// Vectors of channels side by side, forward: half the time of one after the other (one thread of a Zen 3; backward no
+// difference).
+constexpr int kPoolSide = 4;
+
+// The taps of a window that lie inside the input.
+struct PoolWindow {
+  int64_t r0, r1, s0, s1;
+};
+
+// One output position's maxima of VECTORS vectors of channels side by side: x at the window's first tap, inside or not.
+template <class T, bool OFFSETS, int VECTORS>
+FASTCONV_INLINE void max_pool2d_maxima(const T* x, T* y, uint8_t* offsets, const PoolParams& a, const PoolWindow& in,
+                                       bool full, int rest) {
   using A = acc_t<T>;
   using V = typename Vec<T>::V;
   using L = Lanes<A>;
   using Mask = typename L::Mask;
   constexpr int N = Vec<T>::N;
-  const PoolParams a = *params;  // a copy: stores to y could otherwise change it, and it would be read again each time
-  const V lowest = broadcast<A>(-(A)__builtin_inf());
+  const bool any = in.r0 < in.r1 && in.s0 < in.s1;
+  V best[VECTORS];
+  Mask where[VECTORS];
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    best[v] = broadcast<A>(-(A)__builtin_inf());
+    where[v] = Mask{} + (typename L::Int)(any ? in.r0 * a.s + in.s0 : 0);
+  }
+  for (int64_t r = in.r0; r < in.r1; ++r) {
+    const T* from = x + (r * a.dil_h * a.w + in.s0 * a.dil_w) * a.c;
+    for (int64_t s = in.s0; s < in.s1; ++s, from += a.dil_w * a.c) {
+      const Mask tap = Mask{} + (typename L::Int)(r * a.s + s);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const V value = load(from + v * N, full, rest);
+        const Mask take = (value > best[v]) | (value != value);
+        best[v] = take ? value : best[v];
+        if (OFFSETS) where[v] = take ? tap : where[v];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    store(y + v * N, best[v], full, rest);
+    if (OFFSETS) store_bytes<A>(offsets + v * N, narrow_bytes(where[v]), full, rest);
+  }
+}
+
+template <class T, bool OFFSETS>
+FASTCONV_INLINE void max_pool2d_positions(const T* x, T* y, uint8_t* offsets, const PoolParams& a, int64_t begin,
+                                          int64_t end, int64_t c0, int64_t c1) {
+  constexpr int N = Vec<T>::N;
   int64_t q = begin % a.q, p = begin / a.q % a.p, n = begin / (a.q * a.p);
   for (int64_t o = begin; o < end; ++o, next_position(n, p, a.p, q, a.q)) {
     const int64_t h0 = p * a.stride_h - a.pad_h, w0 = q * a.stride_w - a.pad_w;
-    int64_t r0 = 0, r1 = a.r, s0 = 0, s1 = a.s;  // taps inside the input
-    while (r0 < r1 && h0 + r0 * a.dil_h < 0) ++r0;
-    while (r1 > r0 && h0 + (r1 - 1) * a.dil_h >= a.h) --r1;
-    while (s0 < s1 && w0 + s0 * a.dil_w < 0) ++s0;
-    while (s1 > s0 && w0 + (s1 - 1) * a.dil_w >= a.w) --s1;
-    for (int64_t c = c0; c < c1; c += N) {
-      const bool full = c + N <= c1;
-      const int rest = (int)(c1 - c);
-      V best = lowest;
-      Mask where = Mask{} + (typename L::Int)(r0 < r1 && s0 < s1 ? r0 * a.s + s0 : 0);
-      for (int64_t r = r0; r < r1; ++r) {
-        const T* row = x + ((n * a.h + h0 + r * a.dil_h) * a.w + w0) * a.c + c;
-        for (int64_t s = s0; s < s1; ++s) {
-          const V v = load(row + s * a.dil_w * a.c, full, rest);
-          const Mask take = (v > best) | (v != v);
-          best = take ? v : best;
-          if (offsets) where = take ? (Mask{} + (typename L::Int)(r * a.s + s)) : where;
-        }
-      }
-      store(y + o * a.c + c, best, full, rest);
-      if (offsets) store_bytes<A>(offsets + o * a.c + c, narrow_bytes(where), full, rest);
-    }
+    PoolWindow in{0, a.r, 0, a.s};
+    while (in.r0 < in.r1 && h0 + in.r0 * a.dil_h < 0) ++in.r0;
+    while (in.r1 > in.r0 && h0 + (in.r1 - 1) * a.dil_h >= a.h) --in.r1;
+    while (in.s0 < in.s1 && w0 + in.s0 * a.dil_w < 0) ++in.s0;
+    while (in.s1 > in.s0 && w0 + (in.s1 - 1) * a.dil_w >= a.w) --in.s1;
+    const int64_t first = ((n * a.h + h0) * a.w + w0) * a.c;
+    const auto taps = [&](int64_t c) { return OFFSETS ? offsets + o * a.c + c : nullptr; };
+    int64_t c = c0;
+    for (; c + kPoolSide * N <= c1; c += kPoolSide * N)
+      max_pool2d_maxima<T, OFFSETS, kPoolSide>(x + first + c, y + o * a.c + c, taps(c), a, in, true, N);
+    for (; c < c1; c += N)
+      max_pool2d_maxima<T, OFFSETS, 1>(x + first + c, y + o * a.c + c, taps(c), a, in, c + N <= c1, (int)(c1 - c));
+  }
+}
+
+// Output positions [begin, end) of n*p*q, channels [c0, c1); offsets may be null.
+template <class T>
+void max_pool2d(const T* x, T* y, uint8_t* offsets, const PoolParams* params, int64_t begin, int64_t end, int64_t c0,
+                int64_t c1) {
+  const PoolParams a = *params;  // a copy: stores to y could otherwise change it, and it would be read again each time
+  if (offsets) {
+    max_pool2d_positions<T, true>(x, y, offsets, a, begin, end, c0, c1);
+  } else {
+    max_pool2d_positions<T, false>(x, y, nullptr, a, begin, end, c0, c1);
   }
 }
 
