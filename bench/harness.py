@@ -288,13 +288,6 @@ def compiled_name(mode: str, what: str) -> str:
     return " ".join(["torch.compile", *([] if mode == "default" else [mode]), what])
 
 
-def _dtypes_of(device: torch.device) -> list[str]:
-    """The dtypes that a device multiplies in; a CPU without bf16 instructions leaves stock PyTorch minutes a step."""
-    if device.type == "cuda":
-        return ["bf16", "fp16", "fp32"]
-    return ["fp32", "bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["fp32"]
-
-
 def arguments(description: str, **more) -> argparse.Namespace:
     """--device --out --seconds --dtype --quick: the same for every subject."""
     parser = argparse.ArgumentParser(description=description)
@@ -310,6 +303,6 @@ def arguments(description: str, **more) -> argparse.Namespace:
     if args.out is None:
         args.out = Path(__file__).parent / "results" / machine.slug(args.device)
     if args.dtype is None:
-        args.dtype = _dtypes_of(args.device)
+        args.dtype = machine.dtypes(args.device)
     torch.manual_seed(0)
     return args

@@ -126,26 +126,26 @@ def _best_seconds(run, device: torch.device, repeats: int) -> float:
     return min(once() for _ in range(repeats))
 
 
+def dtypes(device: torch.device) -> list[str]:
+    """What a device multiplies in. A CPU without bf16 instructions leaves stock PyTorch seconds a training step."""
+    if device.type == "cuda":
+        return ["bf16", "fp16", "fp32"]
+    return ["fp32", "bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["fp32"]
+
+
 def rates(device: torch.device) -> dict[str, float]:
     """What the machine reaches at best, measured: copy in GB/s (read + write), matrix products in TFLOP/s by dtype.
 
-    On a CPU the product is tried as a 1x1 convolution too: MKL's fp32 product uses half of an AMD processor's width. A
-    CPU without bf16 instructions, where stock PyTorch multiplies bf16 a hundred times slower than fp32, gets the rate
-    of fp32 for both: a program can widen.
+    On a CPU the product is tried as a 1x1 convolution too: MKL's fp32 product uses half of an AMD processor's width.
     """
     size = 2**28 if device.type == "cuda" else 2**26
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     found = {"copy": 2 * size / _best_seconds(lambda: target.copy_(source), device, 20) / 1e9}
-    if device.type == "cuda":
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            found[name] = _product_rate(8192, dtype, device)
-        return found
-    found["fp32"] = _product_rate(2048, torch.float32, device)
-    least = _product_rate(256, torch.bfloat16, device)  # 2048 cubed at a hundredth of fp32's rate: ten minutes
-    slow = least < found["fp32"] / 4
-    found["bf16"] = found["fp32"] if slow else _product_rate(2048, torch.bfloat16, device)
-    return found  # no CPU here multiplies in fp16
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for name in dtypes(device):
+        found[name] = _product_rate(8192 if device.type == "cuda" else 2048, known[name], device)
+    return found
 
 
 def _product_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:

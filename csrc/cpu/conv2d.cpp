@@ -99,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor> aten_backward(const ConvParams& p, const at::
   const Cropped live(p, weight);
   // Without AVX-512, oneDNN 3.10's channels_last weight gradient of a 1x1 filter with a stride on 2 to 7 channels
   // writes out of bounds (fp32, 3 channels of 64x64: the process aborts in free()); its NCHW kernels do not.
-  const bool nchw = live.h.taps * live.w.taps == 1 && std::max(p.stride_h, p.stride_w) > 1 && p.c < 8;
+  const bool nchw = mask[1] && live.h.taps * live.w.taps == 1 && std::max(p.stride_h, p.stride_w) > 1 && p.c < 8;
   // A copy with NCHW's own strides: those of a 1x1 map or of one channel can mean either layout.
   const auto given = [&](const at::Tensor& t) { return nchw ? t.clone(at::MemoryFormat::Contiguous) : t; };
   auto [dx, dw, db] = at::convolution_backward(given(dy), given(x), given(live.weight), std::nullopt,

@@ -182,9 +182,9 @@ const char* rows_refusal(const ConvParams& p, int64_t element) {
   return nullptr;
 }
 
-// Without AVX-512, oneDNN 3.10 multiplies bf16 at 17 GFLOP/s a core and the row classes at 60. In fp32 stock was faster
-// here (one thread of a Zen 3, on 8x14x14 with 128 channels on the other side, and 16, 24, 32 and 64 to as many on
-// 28x28 and 56x56, ratios as below):
+// Without AVX-512, oneDNN 3.10 multiplies bf16 at 17 GFLOP/s with two threads, the row classes at 60 with one. In fp32
+// stock was faster here (one thread of a Zen 3, on 8x14x14 with 128 channels on the other side, and 16, 24, 32 and 64
+// to as many on 28x28 and 56x56, ratios as below):
 // - output columns of whole vectors that fill less than 0.8 of the 16-wide tiles: fprop K = 8, 24 (3x3) at 0.76, 0.82,
 //   24 to 24 at 0.57 - 0.83; dgrad C = 4, 8, 24 (3x3) at 0.67, 0.76, 0.89; 1x1 data gradients won all, 1.1 - 3.5;
 // - few channels on both sides: fprop 16 to 16 at 0.57 (1x1) and 0.92, 32 to 32 at 0.84 - 0.95; 3x3 dgrad 0.78, 0.86;
